@@ -1,0 +1,81 @@
+# Needs make and Python 3.10 or newer with its venv module; everything else is installed into $(VENV).
+
+PYTHON  ?= python3
+VENV    ?= .venv
+JOBS    ?= 2
+RESULTS ?= results/gpu-check
+# For example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" where no GPU needs serving.
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+
+# Recipes use pipefail, which plain sh may lack.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+ifneq ($(strip $(VENV)),)
+RUN   := $(VENV)/bin/python
+READY := $(VENV)/.fastelbo-ready
+else
+RUN   := $(PYTHON)
+READY := link
+endif
+
+# The build tools come first, pinned, so that the install needs no build isolation, which would ignore the pins.
+$(VENV)/.fastelbo-ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fastelbo needs Python 3.10 or newer; name one with make PYTHON=python3.12")'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+# VENV= : a machine that brings its own torch. Its Python stays as it is, except for a link to this checkout.
+.PHONY: link
+link:
+	@$(PYTHON) -c 'import importlib.util as u, os, sys; s = u.find_spec("fastelbo.kernels"); sys.exit(not (s and os.path.samefile(s.origin, "kernels/__init__.py")))' \
+	    || $(PYTHON) -m pip install --disable-pip-version-check --no-index --no-build-isolation --no-deps -e .
+
+.PHONY: setup
+setup: $(READY) ## make the virtual environment (every target below does this first)
+
+.PHONY: demo
+demo: $(READY) ## train a small VAE on real digits with the usual loss and with fastelbo, and compare
+	$(RUN) -m fastelbo demo
+
+# One thread per worker: the workers already fill the cores.
+.PHONY: test
+test: $(READY) ## run the tests (JOBS=2 workers; PYTEST_ARGS="-k kl")
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(READY) ## ruff, its formatter, and mypy on the public API
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+.PHONY: format
+format: $(READY) ## let ruff format the code and fix what it can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+.PHONY: codegen
+codegen: $(READY) ## compile every kernel for each GPU target and print registers, spills and vector widths
+	$(RUN) -m benchmarks.codegen
+
+.PHONY: gpu-check
+gpu-check: $(READY) ## on a GPU: the kernels' tests run natively, then benchmarks.gpu_check; writes into RESULTS
+	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu-check needs a GPU that PyTorch can use; torch " + torch.__version__ + " sees none")'
+	mkdir -p $(RESULTS)
+	set -o pipefail; $(RUN) -m pytest -m "gpu or triton" $(PYTEST_ARGS) 2>&1 | tee $(RESULTS)/pytest.txt
+	set -o pipefail; $(RUN) -m benchmarks.gpu_check --out $(RESULTS) 2>&1 | tee $(RESULTS)/gpu_check.txt
+
+.PHONY: clean
+clean: ## remove build outputs and caches (not the virtual environment, not results)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fastelbo kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "PYTHON=python3.12 picks the interpreter; VENV= uses it as it is, for machines that bring their own torch."

@@ -1,0 +1,33 @@
+"""The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
+
+from .distributions import DiagonalGaussian
+from .estimators import sgvb_loss
+from .functional import (
+    effective_beta,
+    elbo_loss,
+    elbo_terms,
+    gaussian_kl,
+    gaussian_nll,
+    gaussian_nll_loss,
+    reparameterize,
+    reparameterize_kl,
+)
+from .modules import ELBOLoss, GaussianNLLLoss, Reparameterize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiagonalGaussian",
+    "ELBOLoss",
+    "GaussianNLLLoss",
+    "Reparameterize",
+    "effective_beta",
+    "elbo_loss",
+    "elbo_terms",
+    "gaussian_kl",
+    "gaussian_nll",
+    "gaussian_nll_loss",
+    "reparameterize",
+    "reparameterize_kl",
+    "sgvb_loss",
+]

@@ -1,0 +1,217 @@
+"""One `autograd.Function` per fused op. Nothing here knows which backend serves it: `backend` is `eager` or `fastelbo.kernels`.
+
+Three rules hold for all of them.
+
+- A backward recomputes from the saved inputs, and nothing that a caller can see is written. Only `ELBO` has its gradients ready,
+  since its upstream gradient is 1 in normal use: the first backward hands them over and forgets them, a later one recomputes.
+- With grad mode on inside backward (`create_graph=True`), the reference expression is differentiated instead, so that double
+  backward is right.
+- `needs_input_grad` decides which gradients are computed. It stays true under `no_grad`, so work that only a backward would use
+  also asks for the grad mode of the call (`track`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import reference
+
+Outputs = Sequence[Tensor | None]
+
+
+def _is_differentiated() -> bool:
+    """Whether this backward will itself be differentiated. A traced backward never is (and Dynamo traces with grad mode on)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiate(
+    expression: Callable[..., Outputs], inputs: Sequence[Any], needs: Sequence[bool], grads: Outputs
+) -> list[Tensor | None]:
+    """Differentiable gradients of the outputs of `expression(*inputs)`."""
+    # A view each: the same tensor may stand in two places, and each place wants its own gradient.
+    own = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+    pairs = [(out, g) for out, g in zip(expression(*own), grads, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs],
+        [t for t, need in zip(own, needs, strict=True) if need],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    each = iter(found)
+    return [next(each) if need else None for need in needs]
+
+
+class GaussianNLL(Function):
+    """Scaled sums of -log N(x; recon, var) over all but `keep` dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None,
+        kind: str, full: bool, eps: float, keep: int, scale: float | Tensor, backend: ModuleType,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, weight)
+        ctx.fixed = None if isinstance(var, Tensor) else var
+        ctx.options = kind, full, eps, keep, scale, backend
+        return backend.nll_forward(recon, x, var, weight, kind, full, eps, keep, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        recon, x, var, weight = ctx.saved_tensors
+        kind, full, eps, keep, scale, backend = ctx.options
+        var = var if ctx.fixed is None else ctx.fixed
+        needs = ctx.needs_input_grad[:3]
+        if _is_differentiated():
+
+            def expression(recon: Tensor, x: Tensor, var: Tensor | float) -> Outputs:
+                return [scale * reference.nll(recon, x, var, weight, kind, full, eps, keep)]
+
+            grads = _differentiate(expression, (recon, x, var), needs, [grad])
+        else:
+            grads = backend.nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs)
+        return *grads, *(None,) * 7
+
+
+class Latent(Function):
+    """z, a sample of N(mu, exp(logvar)), and the scaled sums of the KL over all but `keep` dimensions; either may be None.
+
+    With `packed` (a dimension), `mu` holds the moments, mu and logvar as its halves along it, and gets one packed gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mu: Tensor, logvar: Tensor | None, prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None,
+        eps: Tensor | None, seed: Tensor | None, clamp: tuple[float, float] | None, keep: int, scale: float | Tensor,
+        samples: int | None, want_kl: bool, packed: int | None, backend: ModuleType,
+    ) -> Any:  # fmt: skip
+        ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, weight, eps, seed)
+        ctx.options = clamp, keep, scale, samples, want_kl, packed, backend
+        ctx.set_materialize_grads(False)
+        if packed is not None:
+            mu, logvar = mu.chunk(2, packed)
+        return backend.latent_forward(
+            mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
+        mu, logvar, prior_mu, prior_logvar, weight, eps, seed = ctx.saved_tensors
+        clamp, keep, scale, samples, want_kl, packed, backend = ctx.options
+        needs = ctx.needs_input_grad[:4]
+        if grad_z is None and grad_kl is None:
+            return (None,) * 14
+        if _is_differentiated():
+
+            def expression(
+                mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None
+            ) -> Outputs:
+                if packed is not None:
+                    mu, logvar = mu.chunk(2, packed)
+                z = kl = None
+                if grad_z is not None:
+                    noise = eps if seed is None else backend.noise(mu, seed, samples)
+                    z = reference.sample(mu, logvar, noise, clamp)
+                if grad_kl is not None:
+                    kl = scale * reference.kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep)
+                return [z, kl]
+
+            grads = _differentiate(expression, (mu, logvar, prior_mu, prior_logvar), needs, [grad_z, grad_kl])
+        elif packed is not None:
+            grad = torch.empty_like(mu)
+            backend.latent_backward(
+                *mu.chunk(2, packed), prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl,
+                (needs[0], needs[0], *needs[2:]), out=grad.chunk(2, packed),
+            )  # fmt: skip
+            grads = [grad, None, None, None]
+        else:
+            grads = backend.latent_backward(
+                mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl, needs
+            )
+        return *grads, *(None,) * 10
+
+
+class ELBOTerms(Function):
+    """The scaled sums of the likelihood and KL terms over all but `keep` dimensions, each with its own upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, mu: Tensor, logvar: Tensor,
+        prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None, full: bool,
+        clamp: tuple[float, float] | None, keep: int, nll_scale: float | Tensor, kl_scale: float, backend: ModuleType,
+    ) -> Any:  # fmt: skip
+        _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
+        ctx.options = full, clamp, keep, nll_scale, kl_scale, backend
+        ctx.set_materialize_grads(False)
+        return backend.elbo_terms_forward(
+            recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
+        return *_elbo_backward(ctx, grad_nll, grad_kl, *ctx.options), *(None,) * 7
+
+
+class ELBO(Function):
+    """loss = nll_scale * sum nll + beta * kl_scale * sum kl, with its gradients written in the pass that reads the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, mu: Tensor, logvar: Tensor,
+        prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None, full: bool,
+        clamp: tuple[float, float] | None, nll_scale: float | Tensor, kl_scale: float, beta: float | Tensor,
+        track: bool, backend: ModuleType,
+    ) -> Any:  # fmt: skip
+        _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
+        ctx.options = full, clamp, 0, nll_scale, kl_scale * beta, backend
+        ctx.set_materialize_grads(False)
+        needs = ctx.needs_input_grad[:7]
+        # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
+        halves = any(n and t.dtype == torch.float16 for n, t in zip(needs, (recon, x, var, mu, logvar, prior_mu, prior_logvar), strict=True))
+        now = needs if track and not halves else (False,) * 7
+        loss, nll, kl, grads = backend.elbo_forward(
+            recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, now
+        )
+        ctx.ready = grads if any(now) else None
+        ctx.mark_non_differentiable(nll, kl)
+        return loss, nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        ready, ctx.ready = ctx.ready, None
+        if grad is None:
+            return (None,) * 15
+        if ready is not None and not _is_differentiated():
+            ctx.options[-1].scale_gradients(ready, grad)
+            return *ready, *(None,) * 8
+        return *_elbo_backward(ctx, grad, grad, *ctx.options), *(None,) * 8
+
+
+def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, mu, logvar, prior_mu, prior_logvar, weight)
+    ctx.fixed = None if isinstance(var, Tensor) else var
+
+
+def _elbo_backward(
+    ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None,
+    full: bool, clamp: tuple[float, float] | None, keep: int, nll_scale: float | Tensor, kl_scale: float | Tensor, backend: ModuleType,
+) -> Any:  # fmt: skip
+    """Gradients of both terms from the saved inputs."""
+    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight = ctx.saved_tensors
+    var = var if ctx.fixed is None else ctx.fixed
+    needs = ctx.needs_input_grad[:7]
+    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar
+    if _is_differentiated():
+
+        def expression(recon, x, var, mu, logvar, prior_mu, prior_logvar) -> Outputs:  # type: ignore[no-untyped-def]
+            nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", full, 0.0, keep)
+            kl = kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
+            return [nll, kl]
+
+        return _differentiate(expression, inputs, needs, [grad_nll, grad_kl])
+    return backend.elbo_terms_backward(*inputs, weight, clamp, keep, nll_scale, kl_scale, grad_nll, grad_kl, needs)

@@ -1,0 +1,131 @@
+"""A diagonal Gaussian with the methods that latent-diffusion code expects of a posterior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import _check_clamp, _check_pair, _check_tensor, _latent, _noise, gaussian_nll
+
+
+class DiagonalGaussian:
+    """N(mu, diag(exp(logvar))) over all but the batch dimension.
+
+    Args:
+        mu: Means, `(batch, ...)` of any rank.
+        logvar: Log-variances, of mu's shape.
+        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside.
+        impl: None or "auto", "triton", "torch", "reference", for every method.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor, *, logvar_clamp: tuple[float, float] | None = None, impl: str | None = None):
+        _check_pair("mu", mu, "logvar", logvar)
+        self.mu = mu
+        self._logvar = logvar
+        self._clamp = _check_clamp(logvar_clamp)
+        self._impl = impl
+        self._moments: tuple[Tensor, int] | None = None
+
+    @classmethod
+    def from_moments(
+        cls, moments: Tensor, dim: int = 1, logvar_clamp: tuple[float, float] | None = (-30.0, 20.0), *, impl: str | None = None
+    ) -> DiagonalGaussian:
+        """From an encoder's packed output: mu and logvar are its halves along `dim`, read where they lie, with one packed gradient.
+
+        Raises:
+            TypeError, ValueError: `moments` is not a floating tensor, or its size along `dim` is odd.
+        """
+        _check_tensor("moments", moments)
+        if not -moments.ndim <= dim < moments.ndim:
+            raise ValueError(f"dim must be between {-moments.ndim} and {moments.ndim - 1}, got {dim}")
+        if moments.shape[dim] % 2:
+            raise ValueError(f"moments must have an even size along dim {dim}, got shape {tuple(moments.shape)}")
+        self = cls(*moments.chunk(2, dim), logvar_clamp=logvar_clamp, impl=impl)
+        self._moments = moments, dim % moments.ndim
+        return self
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._logvar if self._clamp is None else torch.clamp(self._logvar, *self._clamp)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.exp(self.logvar)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mu
+
+    def mode(self) -> Tensor:
+        return self.mu
+
+    def _fused(self, noise, num_samples, other, weight, reduction, batch_dims, want_kl):  # type: ignore[no-untyped-def]
+        packed, (mu, logvar) = (None, (self.mu, self._logvar)) if self._moments is None else (self._moments[1], (self._moments[0], None))
+        prior = (None, None) if other is None else (other.mu, other.logvar)
+        return _latent(
+            mu, logvar, *prior, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl, self._impl, packed
+        )
+
+    def rsample(
+        self,
+        num_samples: int | None = None,
+        *,
+        eps: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A differentiable sample, as `fastelbo.reparameterize`."""
+        return self._fused(lambda m: _noise(m, num_samples, eps, seed, generator), num_samples, None, None, "none", 0, False)[0]
+
+    def sample(
+        self,
+        num_samples: int | None = None,
+        *,
+        eps: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `rsample`: in latent-diffusion code, whose name this is, samples carry gradients."""
+        return self.rsample(num_samples, eps=eps, seed=seed, generator=generator)
+
+    def rsample_kl(
+        self,
+        other: DiagonalGaussian | None = None,
+        *,
+        num_samples: int | None = None,
+        eps: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "none",
+        batch_dims: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """A sample and the KL to `other` (or N(0, I)) in one pass, as `fastelbo.reparameterize_kl`."""
+        noise = lambda m: _noise(m, num_samples, eps, seed, generator)  # noqa: E731
+        return self._fused(noise, num_samples, other, weight, reduction, batch_dims, True)
+
+    def kl(
+        self,
+        other: DiagonalGaussian | None = None,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "none",
+        batch_dims: int = 1,
+    ) -> Tensor:
+        """KL to `other` (or N(0, I)) in nats, as `fastelbo.gaussian_kl`: `(batch,)` by default, at any rank."""
+        return self._fused(None, None, other, weight, reduction, batch_dims, True)[1]
+
+    def nll(
+        self, x: Tensor, *, full: bool = True, weight: Tensor | None = None, reduction: str = "none", batch_dims: int = 1
+    ) -> Tensor:
+        """-log density of x in nats, as `fastelbo.gaussian_nll`."""
+        return gaussian_nll(
+            self.mu, x, logvar=self.logvar, full=full, weight=weight, reduction=reduction, batch_dims=batch_dims, impl=self._impl
+        )

@@ -1,0 +1,413 @@
+"""The plain-PyTorch backend: analytic gradients, in blocks that stay in cache.
+
+On a CPU the time of this loss is the time of fresh memory pages, not of arithmetic. So each pass walks its inputs in blocks of
+`BLOCK` elements whose temporaries are reused from cache, and writes gradients straight into their final buffers. On other devices,
+and under torch.compile (where Inductor fuses the expressions itself), a pass is one block: the same lines, no loop.
+
+`fastelbo.kernels` has the same functions with the same signatures. Their arguments mean the same everywhere:
+
+    var       what the variance is given by: a tensor that broadcasts to `recon`, or a float, which is always a log-variance
+    kind      what a tensor `var` holds: "logvar", "std" or "var"
+    eps       lower bound of a "var"
+    clamp     (lo, hi) for logvar, or None
+    weight    bool or floating, broadcastable to the terms, or None; where it is 0 the term is absent
+    keep      how many leading dimensions the sum leaves: 0 is a total, ndim sums nothing
+    scale     factor of the result and of its gradients, a float or a 0-d tensor
+    grad      upstream gradient of a result, of its shape, with any strides
+    needs     which inputs want a gradient, in the order of the arguments; the others get None
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import philox_normal
+from .reference import LOG_2PI, accumulate_dtype
+
+# A quarter of a million float32 elements: enough to amortise starting the threads, few enough for a handful of temporaries to
+# stay in the outer caches (64 K to 512 K measured: smaller blocks lose to thread start-up, larger ones gain little).
+BLOCK = 1 << 18
+
+Factor = float | Tensor
+Grads = tuple[Tensor | None, ...]
+
+
+# ---- walking the inputs in blocks ------------------------------------------------------------------------------------------------
+
+
+def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tuple[torch.Size, int, list[tuple[slice, ...]]]:
+    """The shape to see the terms in, how many of its dimensions the sum keeps, and the blocks' indices into it.
+
+    Dense tensors, with or without one value per row, are seen as (rows of the result, elements of a row), so that a block is any
+    run of memory; anything strided or broadcast otherwise keeps its shape and is split along its first dimension.
+    """
+    count = math.prod(shape)
+    if torch.compiler.is_compiling() or count <= BLOCK or tensors[0].device.type != "cpu":
+        return shape, keep, [()]
+    rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
+    per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
+    if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
+        cols = count // rows
+        tall, wide = max(1, BLOCK // cols), min(cols, BLOCK)
+        index = [(slice(r, r + tall), slice(c, c + wide)) for r in range(0, rows, tall) for c in range(0, cols, wide)]
+        return torch.Size((rows, cols)), {0: 0, len(shape): 2}.get(keep, 1), index
+    tall = max(1, BLOCK * shape[0] // count)
+    return shape, keep, [(slice(r, r + tall),) for r in range(0, shape[0], tall)]
+
+
+def _run(
+    block: Callable[..., tuple[Tensor | None, list[Tensor | None]]],
+    inputs: Sequence[Tensor | None],
+    constants: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    shape: torch.Size,
+    keep: int,
+    acc: torch.dtype,
+    buffers: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Grads]:
+    """Run `block(*inputs, *constants, outs)` over the blocks; put the sums of its terms and the gradients of its inputs together.
+
+    A block returns its terms (or None) and, for each input that `needs` names, the gradient of the block's shape: written to the
+    buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none; its shares are summed
+    to its own shape here.
+    """
+    view, kept, indices = _plan(shape, keep, (*inputs, *constants, *buffers))
+    dims = tuple(range(kept, len(view)))
+    if len(indices) == 1:
+        terms, grads = block(*inputs, *constants, buffers)
+        if terms is not None and dims:
+            terms = terms.sum(dims)
+        return terms, tuple(
+            g.sum_to_size(t.shape).to(t.dtype) if wanted else None for g, t, wanted in zip(grads, inputs, needs, strict=True)
+        )
+
+    dense = len(indices[0]) == 2
+
+    def see(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.ndim == 0 else t.view(view[0], -1) if dense else t.expand(view)
+
+    def cut(t: Tensor | None, index: tuple[slice, ...]) -> Tensor | None:
+        if t is None or t.ndim == 0:
+            return t
+        return t[index[0]] if dense and t.shape[1] == 1 else t[index]
+
+    seen = [see(t) for t in (*inputs, *constants)]
+    full = [w and t.shape == shape for t, w in zip(inputs, needs, strict=True)]
+    grads = [
+        b if b is not None else torch.empty_like(t) if f else _zeros_to_sum(t, len(view), dense) if w else None
+        for t, f, w, b in zip(inputs, full, needs, buffers, strict=True)
+    ]
+    outs = [see(g) if f else None for g, f in zip(grads, full, strict=True)]
+    sums: list[Tensor] = []
+    for index in indices:
+        at = [cut(t, index) for t in seen]
+        terms, shares = block(*at, [cut(o, index) for o in outs])
+        if terms is not None:
+            sums.append(terms.sum(dims) if dims else terms)
+        for total, share, f, w in zip(grads, shares, full, needs, strict=True):
+            if w and not f:
+                here = total[index[0]] if total.ndim and total.shape[0] != 1 else total
+                here += share.sum_to_size(here.shape)
+    grads = [
+        g if f else g.to(t.dtype).view(t.shape) if w else None for g, t, f, w in zip(grads, inputs, full, needs, strict=True)
+    ]
+    return _join(sums, indices, view, kept, shape[:keep], acc) if sums else None, tuple(grads)
+
+
+def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
+    """A float64 buffer for the gradient of an input that broadcasts, padded to the blocks' rank (0-d stays 0-d)."""
+    padded = t.shape if not t.ndim else (t.shape[0], 1) if dense else (1,) * (ndim - t.ndim) + tuple(t.shape)
+    return torch.zeros(padded, dtype=torch.float64, device=t.device)
+
+
+def _join(sums: list[Tensor], indices: list, view: torch.Size, kept: int, shape: torch.Size, acc: torch.dtype) -> Tensor:
+    """Put the blocks' sums together, in float64 where blocks share an output: it costs nothing at this size."""
+    if kept == 0:
+        return torch.stack(sums).sum(dtype=torch.float64).to(acc)
+    if kept == len(view):
+        out = torch.empty(view, dtype=acc, device=sums[0].device)
+        for index, part in zip(indices, sums, strict=True):
+            out[index] = part
+    else:
+        out = torch.zeros(view[:kept], dtype=torch.float64, device=sums[0].device)
+        for index, part in zip(indices, sums, strict=True):
+            out[index[:kept]] += part
+    return out.to(acc).view(shape)
+
+
+def _mul(a: Tensor, b: Factor, out: Tensor | None) -> Tensor:
+    """a * b, straight into its final buffer in one pass where the dtype allows."""
+    if out is None:
+        return a * b
+    return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a * b)
+
+
+def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Tensor:
+    """The upstream gradient times the scale, of a shape that broadcasts against the terms."""
+    up = grad.to(acc)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        up = up * scale
+    return up.reshape(up.shape + (1,) * (len(shape) - keep)) if keep else up
+
+
+def _weigh(values: Tensor | None, weight: Tensor, absent: Tensor) -> Tensor | None:
+    if values is None:
+        return None
+    return (values if weight.dtype == torch.bool else values * weight).masked_fill(absent, 0.0)
+
+
+# ---- Gaussian negative log-likelihood --------------------------------------------------------------------------------------------
+
+
+def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms) -> tuple[Tensor | None, Grads]:
+    """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a float or a tensor like the terms."""
+    acc = accumulate_dtype(recon, x, var)
+    fixed = not isinstance(var, Tensor)
+    # terms = factor * core + constant: affine parts that all terms share are applied to the sums.
+    factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
+    if fixed:
+        factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
+    need_recon, need_x, need_var = needs
+
+    def block(recon, x, var, weight, up_tensor, outs):
+        up_here = up if up_tensor is None else up_tensor
+        d = recon.to(acc) - x.to(acc)
+        core = ratio = None  # ratio = d / variance; core / 2 is the term but for constants
+        square = None
+        if fixed:
+            ratio = d
+            if want_terms:
+                core = d * d
+        elif kind == "logvar":
+            lv = var.to(acc)
+            ratio = torch.neg(lv).exp_() * d if lv.shape == d.shape else torch.exp(-lv) * d
+            square = d * ratio
+            if want_terms:
+                core = square + lv
+        elif kind == "std":
+            std = var.to(acc)
+            r = d / std
+            ratio, square = r / std, r * r
+            if want_terms:
+                core = square + 2 * torch.log(std)
+        else:
+            variance = torch.clamp(var.to(acc), min=eps)
+            ratio = d / variance
+            square = d * ratio
+            if want_terms:
+                core = square + torch.log(variance)
+
+        g_var = None
+        if need_var:
+            slope = 1 - square
+            if kind != "logvar":
+                slope = slope / std if kind == "std" else slope / variance
+            half = 1.0 if kind == "std" else 0.5
+        if weight is not None:
+            absent = ~weight if weight.dtype == torch.bool else weight == 0
+            core = None if core is None else _weigh(core * factor + constant, weight, absent)
+            ratio = _weigh(ratio, weight, absent)
+            if need_var:
+                slope = _weigh(slope, weight, absent)
+        g_recon = g_x = None
+        if need_recon or need_x:
+            rate = up_here * (2 * factor) if fixed else up_here
+            g_recon = _mul(ratio, rate, outs[0])
+            if need_x:
+                g_x = torch.neg(g_recon) if outs[1] is None else outs[1].copy_(g_recon).neg_()
+        if need_var:
+            g_var = _mul(slope, up_here * half, outs[2])
+        return core, [g_recon, g_x, g_var]
+
+    up_tensor = up if isinstance(up, Tensor) else None
+    core, grads = _run(
+        block, (recon, x, None if fixed else var), (weight, up_tensor), needs, recon.shape, keep, acc, (None,) * 3
+    )
+    if core is None:
+        return None, grads
+    if weight is None:
+        core = core * factor
+        if constant:
+            core = core + constant * math.prod(recon.shape[keep:])
+    return (core * scale if isinstance(scale, Tensor) or scale != 1.0 else core), grads
+
+
+def _exp(value: float) -> float:
+    """exp of a Python float that overflows to inf, as tensors do."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale) -> Tensor:
+    return _nll(recon, x, var, weight, kind, full, eps, keep, scale, 1.0, (False,) * 3, True)[0]
+
+
+def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> Grads:
+    up = _upstream(grad, scale, recon.shape, keep, accumulate_dtype(recon, x, var))
+    return _nll(recon, x, var, weight, kind, False, eps, keep, 1.0, up, needs, False)[1]
+
+
+# ---- the latent side: sampling and KL --------------------------------------------------------------------------------------------
+
+# (e^v - 1 - v) / v^2 on [-1, 1] as a polynomial in v, constant first: near-minimax (Chebyshev), 2 ulp in float32 and float64.
+_REST = {
+    torch.float32: (
+        0.499999998, 0.166666666, 0.0416667366, 0.00833333968, 0.00138853969,
+        0.00019838102, 2.53585122e-5, 2.80628026e-6,
+    ),
+    torch.float64: (
+        0.5, 0.16666666666666667, 0.041666666666666667, 0.0083333333333332362, 0.0013888888888888835,
+        0.00019841269841374739, 2.4801587301645516e-5, 2.7557319174051554e-6, 2.7557319196273279e-7, 2.505212058452295e-8,
+        2.0876763758519632e-9, 1.6057448519013339e-10, 1.1469860083749004e-11, 7.7532899090613013e-13, 4.8383974908301086e-14,
+    ),
+}
+
+
+def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
+    """e^v - 1, and e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior."""
+    expm1 = torch.expm1(v)
+    *coefficients, last = _REST[v.dtype]
+    series = torch.full_like(v, last)
+    for c in reversed(coefficients):
+        series = series * v + c
+    return expm1, torch.where(v.abs() < 1, series * v * v, expm1 - v)
+
+
+def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, out=None):
+    """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
+    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
+    need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
+
+    def block(mu, logvar, prior_mu, prior_logvar, weight, up_tensor, grad_z, grad_z_eps, outs):
+        up_here = up if up_tensor is None else up_tensor
+        lv = wide = logvar.to(acc)
+        if clamp is not None:
+            lv = torch.clamp(wide, *clamp)
+        core = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
+        if up_here is not None or want_terms:
+            v = lv if prior_logvar is None else lv - prior_logvar.to(acc)
+            d = mu.to(acc) if prior_mu is None else mu.to(acc) - prior_mu.to(acc)
+            expm1, rest = expm1_and_rest(v) if want_terms else (torch.expm1(v), None)
+            pull = d if prior_logvar is None else d * torch.exp(-prior_logvar.to(acc))
+            if want_terms:
+                core = d * pull + rest
+            curve = d * pull + expm1 if need_prior_logvar else None
+            if weight is not None:
+                absent = ~weight if weight.dtype == torch.bool else weight == 0
+                core, pull, expm1, curve = (_weigh(t, weight, absent) for t in (core, pull, expm1, curve))
+            if up_here is not None:
+                g_mu = pull * up_here if need_mu or need_prior_mu else None
+                g_logvar = expm1 * (0.5 * up_here) if need_logvar else None
+                g_prior_mu = -g_mu if need_prior_mu else None
+                g_prior_logvar = curve * (-0.5 * up_here) if need_prior_logvar else None
+        if grad_z is not None:
+            if need_mu:
+                g_mu = grad_z.to(acc) if g_mu is None else g_mu + grad_z
+            if need_logvar:
+                through = torch.mul(lv, 0.5).exp_().mul_(grad_z_eps).mul_(0.5)
+                g_logvar = through if g_logvar is None else g_logvar + through
+        if clamp is not None and g_logvar is not None:
+            g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
+        grads = [g_mu, g_logvar, g_prior_mu, g_prior_logvar]
+        return core, [g if g is None or out is None else out.copy_(g) for g, out in zip(grads, outs, strict=True)]
+
+    up_tensor = up if isinstance(up, Tensor) else None
+    inputs, constants = (mu, logvar, prior_mu, prior_logvar), (weight, up_tensor, grad_z, grad_z_eps)
+    buffers = (None,) * 4 if out is None else (*out, None, None)
+    core, grads = _run(block, inputs, constants, needs, mu.shape, keep, acc, buffers)
+    return (None if core is None else core * (0.5 * scale)), grads
+
+
+def noise(mu: Tensor, seed: Tensor, samples: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The standard normals that `seed` stands for, one per element of z."""
+    shape = mu.shape if samples is None else (samples, *mu.shape)
+    return philox_normal(shape, seed, device=mu.device, dtype=dtype)
+
+
+def latent_forward(
+    mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl
+) -> tuple[Tensor | None, Tensor | None]:
+    """z (None without eps and seed) in mu's dtype, of shape (samples, *mu.shape) if samples is given; and the KL if wanted."""
+    z = kl = None
+    if want_kl:
+        kl = _kl(
+            mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True
+        )[0]
+    if eps is not None or seed is not None:
+        acc = accumulate_dtype(mu, logvar)
+        wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
+        std = torch.mul(wide, 0.5).exp_()
+        normals = noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
+        # In the one-sample case sigma's buffer becomes z: no other page is touched.
+        z = (std.mul_(normals) if samples is None else std * normals).add_(mu).to(mu.dtype)
+    return z, kl
+
+
+def latent_backward(
+    mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl, needs, out=None
+) -> Grads:
+    """Gradients of mu, logvar and the prior. `out` holds buffers for those of mu and logvar, of any strides."""
+    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
+    up = None if grad_kl is None else _upstream(grad_kl, scale, mu.shape, keep, acc)
+    grad_z_eps = None
+    if grad_z is not None:
+        grad_z = grad_z.to(acc)
+        if needs[1]:
+            grad_z_eps = grad_z * (noise(mu, seed, samples, acc) if eps is None else eps.to(acc))
+        if samples is not None:
+            grad_z = grad_z.sum(0)
+            grad_z_eps = None if grad_z_eps is None else grad_z_eps.sum(0)
+    return _kl(
+        mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, 1.0, up, grad_z, grad_z_eps, needs, False, out
+    )[1]
+
+
+# ---- both sides at once ----------------------------------------------------------------------------------------------------------
+
+
+def elbo_forward(
+    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, needs
+) -> tuple[Tensor, Tensor, Tensor, Grads]:
+    """loss = nll + beta * kl, both terms (scaled totals), and the loss's gradients, written in the pass that reads the inputs."""
+    nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True)
+    kl, of_kl = _kl(
+        mu, logvar, prior_mu, prior_logvar, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True
+    )
+    return nll + beta * kl, nll, kl, (*of_nll, *of_kl)
+
+
+def elbo_terms_forward(
+    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
+) -> tuple[Tensor, Tensor]:
+    nll = nll_forward(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale)
+    kl = latent_forward(mu, logvar, prior_mu, prior_logvar, None, clamp, keep, kl_scale, None, None, None, True)[1]
+    return nll, kl
+
+
+def elbo_terms_backward(
+    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, nll_scale, kl_scale, grad_nll, grad_kl, needs
+) -> Grads:
+    of_nll = of_kl = (None,) * 4
+    if grad_nll is not None:
+        of_nll = nll_backward(recon, x, var, weight, "logvar", 0.0, keep, nll_scale, grad_nll, needs[:3])
+    if grad_kl is not None:
+        of_kl = latent_backward(
+            mu, logvar, prior_mu, prior_logvar, None, clamp, keep, kl_scale, None, None, None, None, grad_kl, needs[3:]
+        )
+    return (*of_nll[:3], *of_kl)
+
+
+def scale_gradients(grads: Grads, grad: Tensor) -> None:
+    """Multiply gradients that nobody has seen yet by the upstream scalar, in place."""
+    # Reading the scalar is free on a CPU and would be a synchronisation anywhere else.
+    if grad.device.type == "cpu" and float(grad) == 1.0:
+        return
+    for g in grads:
+        if g is not None:
+            g.mul_(grad)

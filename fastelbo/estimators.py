@@ -1,0 +1,93 @@
+"""Whole estimators, decoder included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .functional import _check_scalar, _check_tensor, _REDUCTIONS, gaussian_nll, reparameterize_kl
+
+
+def sgvb_loss(
+    decoder: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    x: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    num_samples: int = 1,
+    recon_logvar: Tensor | float | None = None,
+    prior_mu: Tensor | float | None = None,
+    prior_logvar: Tensor | float | None = None,
+    beta: float | Tensor = 1.0,
+    full: bool = True,
+    logvar_clamp: tuple[float, float] | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    return_terms: bool = False,
+    eps: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The SGVB estimate of the negative ELBO, -(1/L) sum_l log p(x|z_l) + beta * KL: Kingma & Welling 2014, equation 10.
+
+    Samples z and computes the KL in one pass, calls the decoder once on all samples, and evaluates the likelihood in another pass.
+
+    Args:
+        decoder: Maps z of shape `(num_samples * batch, ...)` to recon, or to (recon, recon_logvar), of shape
+            `(num_samples * batch, *x.shape[1:])`; a returned recon_logvar may also be anything that broadcasts to that.
+        x: Data, `(batch, ...)`.
+        mu, logvar: The posterior, `(batch, ...)`.
+        num_samples: L, samples of z per data point.
+        recon_logvar: Log-variance of the likelihood where the decoder returns none, as in `elbo_loss`.
+        eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
+        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, reduction, return_terms, impl: As in `elbo_loss`.
+
+    Returns:
+        The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`
+        (loss, nll, kl), the terms without gradient.
+
+    Raises:
+        TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
+    """
+    _check_tensor("x", x)
+    beta = _check_scalar("beta", beta)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+    _check_tensor("mu", mu, x.device)
+    if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
+    if num_samples == 1 and (eps is None or eps.shape == mu.shape):
+        samples = None  # the same noise as one call of `reparameterize`
+    else:
+        samples = num_samples
+    z, kl = reparameterize_kl(
+        mu, logvar, prior_mu, prior_logvar, num_samples=samples, eps=eps, seed=seed, generator=generator, logvar_clamp=logvar_clamp,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
+    out = decoder(z if samples is None else z.flatten(0, 1))
+    if isinstance(out, tuple):
+        if recon_logvar is not None:
+            raise ValueError("recon_logvar is given, but the decoder returns one too")
+        recon, recon_logvar = out
+    else:
+        recon = out
+    _check_tensor("decoder(z)", recon, x.device)
+    expected = (num_samples * x.shape[0], *x.shape[1:])
+    if tuple(recon.shape) != expected:
+        raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
+    # Samples become a leading dimension, over which x and the weights are read again and not copied.
+    lead = (num_samples, *x.shape)
+    if isinstance(recon_logvar, Tensor) and recon_logvar.ndim == recon.ndim and recon_logvar.shape[0] == expected[0]:
+        recon_logvar = recon_logvar.view(num_samples, x.shape[0], *recon_logvar.shape[1:])
+    nll = gaussian_nll(
+        recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2, impl=impl
+    )
+    if reduction == "none":
+        nll = nll.mean(0)
+    elif reduction == "sum":
+        nll = nll / num_samples
+    loss = nll + beta * kl
+    return (loss, nll.detach(), kl.detach()) if return_terms else loss

@@ -1,0 +1,64 @@
+"""Standard normal noise from a seed and an element's index, in registers.
+
+Element 4 k + i is lane i of counter k of Philox4x32-10 (Salmon et al. 2011): key (seed's low word, high word), counter
+(k's low word, high word, 0, 0). So noise depends on seed and index alone: not on the block size, the launch or the device.
+`fastelbo.noise.philox_normal` is the same function in plain PyTorch.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import _log_normal_f32, sincos_2pi
+
+__all__ = ["normal_at", "normal_tile_aligned", "philox_bits4", "philox_normal4"]
+
+
+@triton.jit
+def philox_bits4(seed, counter):
+    """Four uint32 blocks of random bits, shaped like counter. seed: 64-bit integer scalar; counter: int64 block."""
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero, 10)
+
+
+@triton.jit
+def _box_muller(x0, x1):
+    """Two float32 normals from two uint32, as cuRAND does: x0 gives the radius, x1 the angle; sine first."""
+    # u = (x0 + 1/2) / 2**32 is never 0, so the radius ends at sqrt(66 log 2) = 6.76; the product is exact.
+    u = tl.fma(x0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    radius = tl.sqrt(-2.0 * _log_normal_f32(u))
+    sin, cos = sincos_2pi(x1)
+    return radius * sin, radius * cos
+
+
+@triton.jit
+def philox_normal4(seed, counter):
+    """Four float32 blocks of standard normals, shaped like counter: elements 4 counter + 0, 1, 2, 3.
+
+    seed: 64-bit integer scalar; counter: int64 block.
+    """
+    x0, x1, x2, x3 = philox_bits4(seed, counter)
+    n0, n1 = _box_muller(x0, x1)
+    n2, n3 = _box_muller(x2, x3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def normal_tile_aligned(seed, counters):
+    """float32 (BM, BN) normals for an int64 (BM, BN // 4) block of counters; column 4 j + i is lane i of counters[:, j].
+
+    For rows that start at a multiple of four elements: each Philox call serves four neighbours, and nothing moves between threads.
+    """
+    n0, n1, n2, n3 = philox_normal4(seed, counters)
+    pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    return tl.reshape(pairs, (counters.shape[0], counters.shape[1] * 4))
+
+
+@triton.jit
+def normal_at(seed, index):
+    """float32 normals at an int64 block of element indices, of any shape and alignment: a Philox call for each."""
+    x0, x1, x2, x3 = philox_bits4(seed, index >> 2)
+    second = (index & 2) != 0
+    sin, cos = _box_muller(tl.where(second, x2, x0), tl.where(second, x3, x1))
+    return tl.where((index & 1) != 0, cos, sin)
