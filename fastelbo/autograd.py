@@ -168,7 +168,8 @@ class ELBO(Function):
         track: bool, backend: ModuleType,
     ) -> Any:  # fmt: skip
         _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
-        ctx.options = full, clamp, 0, nll_scale, kl_scale * beta, backend
+        ctx.options = full, clamp, 0, nll_scale, kl_scale, backend
+        ctx.beta = beta
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:7]
         # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
@@ -189,7 +190,8 @@ class ELBO(Function):
         if ready is not None and not _is_differentiated():
             ctx.options[-1].scale_gradients(ready, grad)
             return *ready, *(None,) * 8
-        return *_elbo_backward(ctx, grad, grad, *ctx.options), *(None,) * 8
+        full, clamp, keep, nll_scale, kl_scale, backend = ctx.options
+        return *_elbo_backward(ctx, grad, grad, full, clamp, keep, nll_scale, kl_scale * ctx.beta, backend), *(None,) * 8
 
 
 def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:  # type: ignore[no-untyped-def]

@@ -37,9 +37,7 @@ def check_seed(seed: int | Tensor, device: torch.device | str | None = None) -> 
     """
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(
-                f"seed must be an int or a 0-d int64 tensor, got a {seed.dtype} tensor of shape {tuple(seed.shape)}"
-            )
+            raise TypeError(f"seed must be an int or a 0-d int64 tensor, got a {seed.dtype} tensor of shape {tuple(seed.shape)}")
         device = seed.device if device is None else torch.device(device)
         if seed.device.type not in ("cpu", device.type):
             raise ValueError(f"seed is on {seed.device}, expected it on {device} or on the CPU")
@@ -63,7 +61,7 @@ def philox_normal(
     """Standard normals, computed in float32: elements offset, offset + 1, ... of the noise that belongs to the seed.
 
     seed: an int in [-2**63, 2**64) or a 0-d int64 tensor, which is never read back. device: the seed's if it is a tensor,
-    else torch's default, unless given.
+    else torch's default, unless given. Under torch.compile an int that changes between calls must be below 2**63.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if offset < 0:

@@ -1,0 +1,201 @@
+"""From tensors to tiles: folding shapes, addressing operands, the launch table.
+
+Every elementwise kernel here sees its tensors as rows of columns. `fold` finds that view: it merges the dimensions that are
+contiguous with each other in all operands at once, so contiguous tensors are one long row, packed halves and slices are strided
+rows, and what broadcasts has stride 0 along a row or a column. Nothing is copied unless no such view exists.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+import triton.language.core as core
+from torch import Tensor
+
+# Triton decides this when it decorates a kernel, so it cannot change later.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# ---- the launch table ------------------------------------------------------------------------------------------------------------
+
+# Elements of a tile. Four warps then hold 16 float32 a thread: four 16-byte loads of each input in flight.
+TILE = 2048
+WARPS = 4
+# Programs of a launch whose sums are partial: enough to fill any current chip several times over, few enough for one small
+# program to add them up. A constant and not the number of multiprocessors, so that every device adds in the same order.
+PROGRAMS = 2048
+
+
+class Fold(NamedTuple):
+    """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output."""
+
+    rows: int
+    cols: int
+    dims: int
+    r1: int
+    r2: int
+    per_out: int
+    bm: int
+    bn: int
+    strides: tuple[tuple[int, int, int, int], ...]  # of each operand: three row strides and the column stride, 0 or 1
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.cols // self.bn)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // self.bm) * self.chunks
+
+
+def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordered: bool = False) -> Fold | None:
+    """The common view of `operands` (of `shape`, or None) whose sums keep `keep` dimensions; None if one of them must be copied.
+
+    `ordered` keeps the logical order of the elements, which noise is numbered by; otherwise they are walked in memory order.
+    """
+    return _fold(tuple(shape), keep, tuple(None if t is None else t.stride() for t in operands), ordered)
+
+
+@lru_cache(maxsize=4096)
+def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool) -> Fold | None:
+    given = [s for s in strides if s is not None]
+    # Kept rows must stay apart from the elements that they sum; where everything or nothing is summed there is one group.
+    split = keep if 0 < keep < len(shape) else 0
+    groups = []
+    for lo, hi in ((0, split), (split, len(shape))):
+        dims = [(shape[i], tuple(s[i] for s in given)) for i in range(lo, hi) if shape[i] != 1]
+        if lo == split and not ordered:
+            dims.sort(key=lambda d: [-s for s in d[1]])
+        merged: list[tuple[int, tuple[int, ...]]] = []
+        for size, step in dims:
+            if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], step, strict=True)):
+                merged[-1] = (merged[-1][0] * size, step)
+            else:
+                merged.append((size, step))
+        groups.append(merged)
+    outer, inner = groups
+    one = (1, (0,) * len(given))
+    cols, col_steps = inner[-1] if inner else one
+    rows = outer + inner[:-1]
+    if len(rows) > 3 or any(s not in (0, 1) for s in col_steps):
+        return None
+    sizes, steps = zip(*([one] * (3 - len(rows)) + rows), strict=True)
+    count = math.prod(sizes)
+    bn = TILE if count == 1 else min(TILE, triton.next_power_of_2(cols))
+    each = iter(zip(*steps, col_steps, strict=True))
+    return Fold(
+        rows=count,
+        cols=cols,
+        dims=len(rows),
+        r1=sizes[1],
+        r2=sizes[2],
+        per_out=math.prod(size for size, _ in inner[:-1]),
+        bm=TILE // bn,
+        bn=bn,
+        strides=tuple((0, 0, 0, 0) if s is None else next(each) for s in strides),
+    )
+
+
+class Call(NamedTuple):
+    """A planned launch, what remains to be added up after it, and what it yields."""
+
+    # The tile function's arguments. Only those at the top level can be kept from specialising the kernel on their value.
+    programs: int
+    sizes: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    cols: int
+    scalars: tuple[float | int | Tensor, ...]
+    constants: tuple[Any, ...]
+    acc: torch.dtype
+    terms: Any = None  # the Segments of the terms' sums
+    var: Any = None  # and of the variance's gradient
+    out: Tensor | None = None
+    grads: tuple[Tensor | None, ...] = ()
+    shares: Tensor | None = None  # the elementwise gradient of a variance that broadcasts, still to be summed
+    z: Tensor | None = None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self.programs, *self.sizes, self.tensors, self.strides, self.cols, self.scalars, self.constants
+
+    def gradients(self, var: Tensor | float) -> tuple[Tensor | None, ...]:
+        if self.shares is None:
+            return self.grads
+        return *self.grads[:2], self.shares.sum_to_size(var.shape).to(var.dtype)
+
+
+def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:  # type: ignore[no-untyped-def]
+    """Launch on the device of the tensors, which need not be the current one."""
+    options.setdefault("num_warps", WARPS)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+def scalar(value: float | Tensor, acc: torch.dtype) -> float | int | Tensor:
+    """A run-time factor as a kernel argument. Triton passes a float as float32, so a float64's bits travel as an integer."""
+    if isinstance(value, Tensor):
+        return value
+    return struct.unpack("q", struct.pack("d", value))[0] if acc == torch.float64 else float(value)
+
+
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+# ---- on the device ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read(value, ACC: tl.constexpr):
+    """A factor that came as a pointer, as a float32, or as the bits of a float64."""
+    value = core.to_tensor(value)  # the interpreter passes Python numbers as they are
+    if value.dtype.is_ptr():
+        return tl.load(value).to(ACC)
+    elif ACC == tl.float64:
+        return value.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return value.to(ACC)
+
+
+@triton.jit
+def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
+    """Offsets of a block of rows, in int64: a batch of videos exceeds 2**31 elements."""
+    if DIMS == 0:
+        return rows.to(tl.int64) * 0
+    elif DIMS == 1:
+        return rows.to(tl.int64) * strides[2]
+    elif DIMS == 2:
+        return (rows // r2).to(tl.int64) * strides[1] + (rows % r2).to(tl.int64) * strides[2]
+    else:
+        outer = rows // r2
+        high = (outer // r1).to(tl.int64) * strides[0] + (outer % r1).to(tl.int64) * strides[1]
+        return high + (rows % r2).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def tile_of(pointer, rows, first, BN: tl.constexpr, r1, r2, strides, COL: tl.constexpr, DIMS: tl.constexpr):
+    """Pointers to a tile of rows x (first, first + 1, ...); COL is the column stride."""
+    start = row_offset(rows, r1, r2, strides, DIMS)
+    if COL:
+        return pointer + (start + first)[:, None] + tl.arange(0, BN)[None, :]
+    else:
+        return pointer + start[:, None] + tl.zeros((1, BN), tl.int32)
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
