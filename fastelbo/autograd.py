@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
+from .noise import sample_noise
 
 Outputs = Sequence[Tensor | None]
 
@@ -115,7 +116,7 @@ class Latent(Function):
                     mu, logvar = mu.chunk(2, packed)
                 z = kl = None
                 if grad_z is not None:
-                    noise = eps if seed is None else backend.noise(mu, seed, samples)
+                    noise = eps if seed is None else sample_noise(mu, seed, samples)
                     z = reference.sample(mu, logvar, noise, clamp)
                 if grad_kl is not None:
                     kl = scale * reference.kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep)
@@ -173,12 +174,13 @@ class ELBO(Function):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:7]
         # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
-        halves = any(n and t.dtype == torch.float16 for n, t in zip(needs, (recon, x, var, mu, logvar, prior_mu, prior_logvar), strict=True))
-        now = needs if track and not halves else (False,) * 7
+        inputs = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
+        ready = track and not any(need and t.dtype == torch.float16 for need, t in zip(needs, inputs, strict=True))
+        now = needs if ready else (False,) * 7
         loss, nll, kl, grads = backend.elbo_forward(
             recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, now
         )
-        ctx.ready = grads if any(now) else None
+        ctx.ready = grads if ready else None
         ctx.mark_non_differentiable(nll, kl)
         return loss, nll, kl
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .noise import philox_normal
+from .noise import sample_noise
 from .reference import LOG_2PI, accumulate_dtype
 
 # A quarter of a million float32 elements: enough to amortise starting the threads, few enough for a handful of temporaries to
@@ -80,10 +80,8 @@ def _run(
     if len(indices) == 1:
         terms, grads = block(*inputs, *constants, buffers)
         if terms is not None and dims:
-            terms = terms.sum(dims)
-        return terms, tuple(
-            g.sum_to_size(t.shape).to(t.dtype) if wanted else None for g, t, wanted in zip(grads, inputs, needs, strict=True)
-        )
+            terms = terms.sum(dims) if kept else terms.sum()
+        return terms, tuple([_like(g, t) if w else None for g, t, w in zip(grads, inputs, needs, strict=True)])
 
     dense = len(indices[0]) == 2
 
@@ -139,7 +137,19 @@ def _join(sums: list[Tensor], indices: list, view: torch.Size, kept: int, shape:
     return out.to(acc).view(shape)
 
 
-def _mul(a: Tensor, b: Factor, out: Tensor | None) -> Tensor:
+def _like(grad: Tensor, t: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its input."""
+    if grad.shape != t.shape:
+        grad = grad.sum_to_size(t.shape)
+    return grad if grad.dtype == t.dtype else grad.to(t.dtype)
+
+
+def _factor(value: Factor, acc: torch.dtype) -> Tensor:
+    """A factor as a 0-d tensor, which costs an operation half of what a Python number does; on the CPU it serves every device."""
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=acc)
+
+
+def _mul(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     """a * b, straight into its final buffer in one pass where the dtype allows."""
     if out is None:
         return a * b
@@ -164,7 +174,7 @@ def _weigh(values: Tensor | None, weight: Tensor, absent: Tensor) -> Tensor | No
 
 
 def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms) -> tuple[Tensor | None, Grads]:
-    """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a float or a tensor like the terms."""
+    """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
     acc = accumulate_dtype(recon, x, var)
     fixed = not isinstance(var, Tensor)
     # terms = factor * core + constant: affine parts that all terms share are applied to the sums.
@@ -172,68 +182,65 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
     need_recon, need_x, need_var = needs
+    rate = half_up = None
+    if need_recon or need_x:
+        rate = (up if isinstance(up, Tensor) else _factor(up, acc)) if not fixed else _factor(up * (2 * factor), acc)
+    if need_var:
+        half_up = _factor(up if kind == "std" else up * 0.5, acc)
 
-    def block(recon, x, var, weight, up_tensor, outs):
-        up_here = up if up_tensor is None else up_tensor
-        d = recon.to(acc) - x.to(acc)
-        core = ratio = None  # ratio = d / variance; core / 2 is the term but for constants
-        square = None
+    def block(recon, x, var, weight, rate, half_up, outs):
+        # The gradients' own buffers hold what leads to them: a page that is not touched is time that is not spent.
+        of_recon, of_var = (o if o is not None and o.dtype == acc else None for o in (outs[0], outs[2]))
         if fixed:
-            ratio = d
-            if want_terms:
-                core = d * d
+            ratio = torch.sub(recon.to(acc), x.to(acc), out=of_recon)
+            core = ratio * ratio if want_terms else None
         elif kind == "logvar":
             lv = var.to(acc)
-            ratio = torch.neg(lv).exp_() * d if lv.shape == d.shape else torch.exp(-lv) * d
-            square = d * ratio
-            if want_terms:
-                core = square + lv
+            d = torch.sub(recon.to(acc), x.to(acc), out=of_var)
+            precision = torch.neg(lv).exp_()
+            ratio = torch.mul(d, precision, out=of_recon)
+            square = torch.mul(d, ratio, out=of_var)
+            core = square + lv if want_terms else None
         elif kind == "std":
             std = var.to(acc)
-            r = d / std
+            r = (recon.to(acc) - x.to(acc)) / std
             ratio, square = r / std, r * r
-            if want_terms:
-                core = square + 2 * torch.log(std)
+            core = square + 2 * torch.log(std) if want_terms else None
         else:
-            variance = torch.clamp(var.to(acc), min=eps)
+            # Raised to eps, but a negative variance is an error, and NaN shows it where no check can.
+            raw = var.to(acc)
+            variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
+            d = recon.to(acc) - x.to(acc)
             ratio = d / variance
             square = d * ratio
-            if want_terms:
-                core = square + torch.log(variance)
-
-        g_var = None
+            core = square + torch.log(variance) if want_terms else None
+        g_recon = g_x = g_var = slope = None
         if need_var:
-            slope = 1 - square
+            slope = square.neg_().add_(1.0)
             if kind != "logvar":
-                slope = slope / std if kind == "std" else slope / variance
-            half = 1.0 if kind == "std" else 0.5
+                slope /= std if kind == "std" else variance
         if weight is not None:
             absent = ~weight if weight.dtype == torch.bool else weight == 0
             core = None if core is None else _weigh(core * factor + constant, weight, absent)
-            ratio = _weigh(ratio, weight, absent)
-            if need_var:
-                slope = _weigh(slope, weight, absent)
-        g_recon = g_x = None
+            ratio, slope = _weigh(ratio, weight, absent), _weigh(slope, weight, absent)
+        if need_var:
+            g_var = _mul(slope, half_up, outs[2])
         if need_recon or need_x:
-            rate = up_here * (2 * factor) if fixed else up_here
             g_recon = _mul(ratio, rate, outs[0])
             if need_x:
                 g_x = torch.neg(g_recon) if outs[1] is None else outs[1].copy_(g_recon).neg_()
-        if need_var:
-            g_var = _mul(slope, up_here * half, outs[2])
         return core, [g_recon, g_x, g_var]
 
-    up_tensor = up if isinstance(up, Tensor) else None
-    core, grads = _run(
-        block, (recon, x, None if fixed else var), (weight, up_tensor), needs, recon.shape, keep, acc, (None,) * 3
-    )
+    inputs, constants = (recon, x, None if fixed else var), (weight, rate, half_up)
+    core, grads = _run(block, inputs, constants, needs, recon.shape, keep, acc, (None,) * 3)
     if core is None:
         return None, grads
-    if weight is None:
-        core = core * factor
-        if constant:
-            core = core + constant * math.prod(recon.shape[keep:])
-    return (core * scale if isinstance(scale, Tensor) or scale != 1.0 else core), grads
+    if weight is not None:
+        return core * scale, grads
+    core = core * _factor(factor * scale, acc)
+    if constant:
+        core = core + constant * math.prod(recon.shape[keep:]) * scale
+    return core, grads
 
 
 def _exp(value: float) -> float:
@@ -255,7 +262,7 @@ def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> 
 
 # ---- the latent side: sampling and KL --------------------------------------------------------------------------------------------
 
-# (e^v - 1 - v) / v^2 on [-1, 1] as a polynomial in v, constant first: near-minimax (Chebyshev), 2 ulp in float32 and float64.
+# (e^v - 1 - v) / v^2 on [-1, 1] as a polynomial in v, constant first: near-minimax (Chebyshev), exact to float32 or float64.
 _REST = {
     torch.float32: (
         0.499999998, 0.166666666, 0.0416667366, 0.00833333968, 0.00138853969,
@@ -270,7 +277,16 @@ _REST = {
 
 
 def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
-    """e^v - 1, and e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior."""
+    """e^v - 1, and e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior.
+
+    On a CPU in float64, where float32 inputs leave the cancellation below 2e-9 of the result but for the smallest v, and where a
+    third of the operations is a third of the time of a small latent. Elsewhere float64 is slow or missing: a series, in v's dtype.
+    """
+    if v.dtype == torch.float32 and v.device.type == "cpu":
+        wide = v.double()
+        expm1, square = torch.expm1(wide), wide * wide
+        rest = torch.where(square < 1e-14, square * _factor(0.5, torch.float64), expm1 - wide)
+        return expm1.float(), rest.float()
     expm1 = torch.expm1(v)
     *coefficients, last = _REST[v.dtype]
     series = torch.full_like(v, last)
@@ -283,51 +299,46 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
+    rate = half = None
+    if up is not None and any(needs):
+        rate, half = _factor(up, acc), _factor(0.5 * up, acc)
 
-    def block(mu, logvar, prior_mu, prior_logvar, weight, up_tensor, grad_z, grad_z_eps, outs):
-        up_here = up if up_tensor is None else up_tensor
+    def block(mu, logvar, prior_mu, prior_logvar, weight, rate, half, grad_z, grad_z_eps, outs):
         lv = wide = logvar.to(acc)
         if clamp is not None:
             lv = torch.clamp(wide, *clamp)
         core = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
-        if up_here is not None or want_terms:
+        if rate is not None or want_terms:
             v = lv if prior_logvar is None else lv - prior_logvar.to(acc)
             d = mu.to(acc) if prior_mu is None else mu.to(acc) - prior_mu.to(acc)
-            expm1, rest = expm1_and_rest(v) if want_terms else (torch.expm1(v), None)
             pull = d if prior_logvar is None else d * torch.exp(-prior_logvar.to(acc))
+            expm1, rest = expm1_and_rest(v) if want_terms else (torch.expm1(v), None)
             if want_terms:
-                core = d * pull + rest
-            curve = d * pull + expm1 if need_prior_logvar else None
+                core = torch.addcmul(rest, d, pull)
+            curve = torch.addcmul(expm1, d, pull) if need_prior_logvar else None
             if weight is not None:
                 absent = ~weight if weight.dtype == torch.bool else weight == 0
                 core, pull, expm1, curve = (_weigh(t, weight, absent) for t in (core, pull, expm1, curve))
-            if up_here is not None:
-                g_mu = pull * up_here if need_mu or need_prior_mu else None
-                g_logvar = expm1 * (0.5 * up_here) if need_logvar else None
+            if rate is not None:
+                g_mu = pull * rate if need_mu or need_prior_mu else None
+                g_logvar = expm1 * half if need_logvar else None
                 g_prior_mu = -g_mu if need_prior_mu else None
-                g_prior_logvar = curve * (-0.5 * up_here) if need_prior_logvar else None
+                g_prior_logvar = -curve * half if need_prior_logvar else None
         if grad_z is not None:
             if need_mu:
-                g_mu = grad_z.to(acc) if g_mu is None else g_mu + grad_z
+                g_mu = grad_z if g_mu is None else g_mu + grad_z
             if need_logvar:
                 through = torch.mul(lv, 0.5).exp_().mul_(grad_z_eps).mul_(0.5)
-                g_logvar = through if g_logvar is None else g_logvar + through
+                g_logvar = through if g_logvar is None else through.add_(g_logvar)
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
         grads = [g_mu, g_logvar, g_prior_mu, g_prior_logvar]
         return core, [g if g is None or out is None else out.copy_(g) for g, out in zip(grads, outs, strict=True)]
 
-    up_tensor = up if isinstance(up, Tensor) else None
-    inputs, constants = (mu, logvar, prior_mu, prior_logvar), (weight, up_tensor, grad_z, grad_z_eps)
+    inputs, constants = (mu, logvar, prior_mu, prior_logvar), (weight, rate, half, grad_z, grad_z_eps)
     buffers = (None,) * 4 if out is None else (*out, None, None)
     core, grads = _run(block, inputs, constants, needs, mu.shape, keep, acc, buffers)
-    return (None if core is None else core * (0.5 * scale)), grads
-
-
-def noise(mu: Tensor, seed: Tensor, samples: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The standard normals that `seed` stands for, one per element of z."""
-    shape = mu.shape if samples is None else (samples, *mu.shape)
-    return philox_normal(shape, seed, device=mu.device, dtype=dtype)
+    return None if core is None else core * _factor(0.5 * scale, acc), grads
 
 
 def latent_forward(
@@ -343,7 +354,7 @@ def latent_forward(
         acc = accumulate_dtype(mu, logvar)
         wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
         std = torch.mul(wide, 0.5).exp_()
-        normals = noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
+        normals = sample_noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
         # In the one-sample case sigma's buffer becomes z: no other page is touched.
         z = (std.mul_(normals) if samples is None else std * normals).add_(mu).to(mu.dtype)
     return z, kl
@@ -359,7 +370,7 @@ def latent_backward(
     if grad_z is not None:
         grad_z = grad_z.to(acc)
         if needs[1]:
-            grad_z_eps = grad_z * (noise(mu, seed, samples, acc) if eps is None else eps.to(acc))
+            grad_z_eps = grad_z * (sample_noise(mu, seed, samples, acc) if eps is None else eps.to(acc))
         if samples is not None:
             grad_z = grad_z.sum(0)
             grad_z_eps = None if grad_z_eps is None else grad_z_eps.sum(0)
@@ -379,7 +390,8 @@ def elbo_forward(
     kl, of_kl = _kl(
         mu, logvar, prior_mu, prior_logvar, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True
     )
-    return nll + beta * kl, nll, kl, (*of_nll, *of_kl)
+    loss = nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta)
+    return loss, nll, kl, (*of_nll, *of_kl)
 
 
 def elbo_terms_forward(

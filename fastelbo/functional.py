@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backend, reference
 from .autograd import ELBO, ELBOTerms, GaussianNLL, Latent
-from .noise import check_seed, draw_seed
+from .noise import check_seed, draw_seed, sample_noise
 
 Scalar = float | Tensor
 
@@ -122,9 +122,9 @@ def _check_variance(name: str, kind: str, var: Any, recon: Tensor) -> Tensor | f
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(var).__name__}")
     if kind != "logvar" and not var > 0:
         raise ValueError(f"{name} must be positive, got {var}")
-    if torch.compiler.is_compiling() and not isinstance(var, (bool, int)):
-        # As a tensor it is an input of the graph; as a float every new value would be a new graph.
-        value = torch.full((), var, dtype=reference.accumulate_dtype(recon), device=recon.device)
+    if torch.compiler.is_compiling() and isinstance(var, float):
+        # Added to a tensor a float stays symbolic; passed on, or as a fill value, every new one would be a new graph.
+        value = torch.zeros((), dtype=reference.accumulate_dtype(recon), device=recon.device) + var
         return value if kind == "logvar" else torch.log(value) * (2 if kind == "std" else 1)
     return float(var) if kind == "logvar" else math.log(var) * (2 if kind == "std" else 1)
 
@@ -190,7 +190,7 @@ def _latent(
     scale = _scale(reduction, batch_dims, halves[0].shape, weight, acc)
     chosen = backend.choose(impl, mu.device)
     if chosen is None:
-        normals = eps if seed is None else backend.eager.noise(halves[0], seed, num_samples)
+        normals = eps if seed is None else sample_noise(halves[0], seed, num_samples)
         z = None if noise is None else reference.sample(*halves, normals, clamp)
         kl = scale * reference.kl(*halves, prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
         return z, kl
@@ -376,6 +376,13 @@ def gaussian_nll(
     return _nll(recon, x, value, weight, kind, bool(full), -math.inf, reduction, batch_dims, impl)
 
 
+def _promote(a: Tensor, b: Tensor) -> torch.dtype:
+    """`torch.result_type`, which does not trace, for floating a and any real b."""
+    if a.ndim and not b.ndim:
+        return a.dtype
+    return b.dtype if b.ndim and not a.ndim and b.is_floating_point() else torch.promote_types(a.dtype, b.dtype)
+
+
 def gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
@@ -406,14 +413,14 @@ def gaussian_nll_loss(
         raise TypeError(f"var must be a float or a torch.Tensor, got {type(var).__name__}")
     elif var.device.type == "cpu" and not torch.compiler.is_compiling() and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
-    dtype = torch.result_type(input, target)
+    dtype = _promote(input, target)
     if isinstance(var, Tensor):
         if var.shape != input.shape:
             if input.shape[:-1] == var.shape:
                 var = var.unsqueeze(-1)
             elif input.ndim != var.ndim or sum(n for m, n in zip(input.shape, var.shape, strict=True) if m != n) != 1:
                 raise ValueError("var is of incorrect size")
-        dtype = torch.promote_types(dtype, var.dtype)
+        dtype = torch.promote_types(dtype, _promote(input, var))
     else:
         # The float's clamp, and its logarithm in double precision.
         var = max(var, eps)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_seed", "draw_seed", "philox_normal"]
+__all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
 
 _LOW = 0xFFFFFFFF
 _MUL_A, _MUL_B = 0xD2511F53, 0xCD9E8D57
@@ -169,3 +169,8 @@ def _fill_normals(out: Tensor, first: int, keys: tuple[Tensor, ...], scratch: Te
     torch.bitwise_left_shift(x, 1, out=outer).bitwise_xor_(x).bitwise_right_shift_(31).bitwise_and_(0x7FFFFFFF)
     out.copy_(x.bitwise_xor_(outer)).mul_(_ANGLE).add_(0.5 * _ANGLE).sin_()
     out.view(m, 2, 2).mul_(radius.unsqueeze(-1))
+
+
+def sample_noise(mu: Tensor, seed: Tensor, samples: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The noise of z that the seed stands for: of mu's shape, or of (samples, *mu.shape)."""
+    return philox_normal(mu.shape if samples is None else (samples, *mu.shape), seed, device=mu.device, dtype=dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastelbo.reference import LOG_2PI, accumulate_dtype
 
-from .launch import PROGRAMS, TYPES, Call, divide, fold, launch, read, scalar, tile_of
+from .launch import PROGRAMS, TYPES, Call, divide, fold, launch, load, read, scalar, store
 from .math import exp, log
 from .reduction import COLS, EACH, NOTHING, ROWS, TOTAL, Segments, finish, sums
 
@@ -74,46 +74,44 @@ def nll_tiles(pid, programs, rows, r1, r2, tensors, strides, cols, scalars, C: t
         r = (tile // chunks) * BM + tl.arange(0, BM)
         chunk = tile % chunks
         first = chunk.to(cols.dtype) * BN
-        live = (r < rows)[:, None] & (tl.arange(0, BN) < cols - first)[None, :]
-        m = tl.load(tile_of(recon, r, first, BN, r1, r2, strides[0], COL[0], DIMS), live, other=0.0).to(ACC)
-        y = tl.load(tile_of(x, r, first, BN, r1, r2, strides[1], COL[1], DIMS), live, other=0.0).to(ACC)
+        in_rows = r < rows
+        live = in_rows[:, None] & (tl.arange(0, BN) < cols - first)[None, :]
+        m = load(recon, r, in_rows, first, live, BN, r1, r2, strides[0], COL[0], DIMS, ACC)
+        y = load(x, r, in_rows, first, live, BN, r1, r2, strides[1], COL[1], DIMS, ACC)
         v = m
         if KIND != FIXED:
-            v = tl.load(tile_of(var, r, first, BN, r1, r2, strides[2], COL[2], DIMS), live, other=1.0).to(ACC)
+            v = load(var, r, in_rows, first, live, BN, r1, r2, strides[2], COL[2], DIMS, ACC)
         term, ratio, slope = nll_math(m - y, v, factor, eps, KIND)
         term += constant
         g = gain
         if up is not None:
-            g = gain * tl.load(tile_of(up, r, first, BN, r1, r2, strides[4], COL[4], DIMS), live, other=0.0).to(ACC)
+            g = gain * load(up, r, in_rows, first, live, BN, r1, r2, strides[4], COL[4], DIMS, ACC)
         ratio = ratio * g
         slope = slope * g
         present = live
         if weight is not None:
-            w = tl.load(tile_of(weight, r, first, BN, r1, r2, strides[3], COL[3], DIMS), live, other=0).to(ACC)
+            w = load(weight, r, in_rows, first, live, BN, r1, r2, strides[3], COL[3], DIMS, ACC)
             present = live & (w != 0.0)
             term, ratio, slope = term * w, ratio * w, slope * w
             ratio = tl.where(present, ratio, 0.0)
         if d_recon is not None:
-            at = tile_of(d_recon, r, first, BN, r1, r2, strides[5], COL[5], DIMS)
-            tl.store(at, ratio.to(d_recon.dtype.element_ty), live)
+            store(d_recon, ratio, r, first, live, BN, r1, r2, strides[5], DIMS)
         if d_x is not None:
-            at = tile_of(d_x, r, first, BN, r1, r2, strides[6], COL[6], DIMS)
-            tl.store(at, (-ratio).to(d_x.dtype.element_ty), live)
+            store(d_x, (-ratio), r, first, live, BN, r1, r2, strides[6], DIMS)
         if VAR_GRAD != NOTHING:
             slope = tl.where(present, slope, 0.0)
             if VAR_GRAD == EACH:
-                at = tile_of(d_var, r, first, BN, r1, r2, strides[7], COL[7], DIMS)
-                tl.store(at, slope.to(d_var.dtype.element_ty), live)
+                store(d_var, slope, r, first, live, BN, r1, r2, strides[7], DIMS)
             elif VAR_GRAD == ROWS:
-                tl.store(var_parts + r.to(tl.int64) * chunks + chunk, tl.sum(slope, 1), r < rows)
+                tl.store(var_parts + r.to(tl.int64) * chunks + chunk, tl.sum(slope, 1), in_rows)
             else:
                 sum_var += slope
         if TERMS != NOTHING:
             term = tl.where(present, term, 0.0)
             if TERMS == EACH:
-                tl.store(tile_of(terms, r, first, BN, r1, r2, strides[8], COL[8], DIMS), term, live)
+                store(terms, term, r, first, live, BN, r1, r2, strides[8], DIMS)
             elif TERMS == ROWS:
-                tl.store(parts + r.to(tl.int64) * chunks + chunk, tl.sum(term, 1), r < rows)
+                tl.store(parts + r.to(tl.int64) * chunks + chunk, tl.sum(term, 1), in_rows)
             else:
                 sum_terms += term
     if TERMS == TOTAL:

@@ -132,14 +132,18 @@ class Call(NamedTuple):
         return *self.grads[:2], self.shares.sum_to_size(var.shape).to(var.dtype)
 
 
-def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:  # type: ignore[no-untyped-def]
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any) -> None:
     """Launch on the device of the tensors, which need not be the current one."""
-    options.setdefault("num_warps", WARPS)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options)
+            start(kernel, programs, args)
     else:
-        kernel[(programs,)](*args, **options)
+        start(kernel, programs, args)
+
+
+def start(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
+    """Every launch of the package goes through here: `benchmarks/codegen.py` and the tests that count launches take its place."""
+    kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=True)
 
 
 def scalar(value: float | Tensor, acc: torch.dtype) -> float | int | Tensor:
@@ -183,13 +187,25 @@ def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
 
 
 @triton.jit
-def tile_of(pointer, rows, first, BN: tl.constexpr, r1, r2, strides, COL: tl.constexpr, DIMS: tl.constexpr):
-    """Pointers to a tile of rows x (first, first + 1, ...); COL is the column stride."""
+def tile_of(pointer, rows, first, BN: tl.constexpr, r1, r2, strides, DIMS: tl.constexpr):
+    """Pointers to a tile of rows x (first, first + 1, ...) of a tensor that is dense along its columns."""
     start = row_offset(rows, r1, r2, strides, DIMS)
+    return pointer + (start + first)[:, None] + tl.arange(0, BN)[None, :]
+
+
+@triton.jit
+def load(pointer, rows, row_live, first, live, BN: tl.constexpr, r1, r2, strides, COL: tl.constexpr, DIMS: tl.constexpr, ACC: tl.constexpr):
+    """A tile, or one value a row (BM, 1) of an operand whose column stride, COL, is 0. What is not live reads as 0."""
     if COL:
-        return pointer + (start + first)[:, None] + tl.arange(0, BN)[None, :]
+        return tl.load(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), live, other=0).to(ACC)
     else:
-        return pointer + start[:, None] + tl.zeros((1, BN), tl.int32)
+        start = row_offset(rows, r1, r2, strides, DIMS)
+        return tl.load(pointer + start[:, None], row_live[:, None], other=0).to(ACC)
+
+
+@triton.jit
+def store(pointer, value, rows, first, live, BN: tl.constexpr, r1, r2, strides, DIMS: tl.constexpr):
+    tl.store(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), value.to(pointer.dtype.element_ty), live)
 
 
 @triton.jit

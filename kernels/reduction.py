@@ -109,10 +109,7 @@ def finish(
     if not programs:
         return
     device = next(s for s in (a, b, v) if s is not None).parts.device
-    launch(
-        finish_kernel, programs, device, *args, loss, scalar(beta, acc),
-        A_BK=blocks[0], B_BK=blocks[1], V_BK=blocks[2], REDUCE=_REDUCE, ACC=TYPES[acc],
-    )  # fmt: skip
+    launch(finish_kernel, programs, device, *args, loss, scalar(beta, acc), *blocks, _REDUCE, TYPES[acc])
 
 
 def sums(

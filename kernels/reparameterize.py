@@ -17,7 +17,7 @@ from torch import Tensor
 from fastelbo.reference import accumulate_dtype
 
 from .gaussian_kl import kl_math
-from .launch import PROGRAMS, TYPES, Call, fold, launch, read, scalar, tile_of
+from .launch import PROGRAMS, TYPES, Call, fold, launch, load, read, scalar, store
 from .math import exp
 from .philox import normal_at, normal_tile_aligned
 from .reduction import EACH, NOTHING, ROWS, TOTAL, finish, sums
@@ -55,9 +55,10 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
         r = (tile // chunks) * BM + tl.arange(0, BM)
         chunk = tile % chunks
         first = chunk.to(cols.dtype) * BN
-        live = (r < rows)[:, None] & (tl.arange(0, BN) < cols - first)[None, :]
-        m = tl.load(tile_of(mu, r, first, BN, r1, r2, strides[0], COL[0], DIMS), live, other=0.0).to(ACC)
-        raw = tl.load(tile_of(logvar, r, first, BN, r1, r2, strides[1], COL[1], DIMS), live, other=0.0).to(ACC)
+        in_rows = r < rows
+        live = in_rows[:, None] & (tl.arange(0, BN) < cols - first)[None, :]
+        m = load(mu, r, in_rows, first, live, BN, r1, r2, strides[0], COL[0], DIMS, ACC)
+        raw = load(logvar, r, in_rows, first, live, BN, r1, r2, strides[1], COL[1], DIMS, ACC)
         lv = raw
         if CLAMP:
             lv = tl.where(raw < lo, lo, tl.where(raw > hi, hi, raw))
@@ -66,35 +67,34 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
         if KL:
             pm = None
             if prior_mu is not None:
-                pm = tl.load(tile_of(prior_mu, r, first, BN, r1, r2, strides[2], COL[2], DIMS), live, other=0.0).to(ACC)
+                pm = load(prior_mu, r, in_rows, first, live, BN, r1, r2, strides[2], COL[2], DIMS, ACC)
             plv = None
             if prior_logvar is not None:
-                plv = tl.load(tile_of(prior_logvar, r, first, BN, r1, r2, strides[3], COL[3], DIMS), live, other=0.0).to(ACC)
+                plv = load(prior_logvar, r, in_rows, first, live, BN, r1, r2, strides[3], COL[3], DIMS, ACC)
             term, of_mu, of_lv, of_plv = kl_math(m, lv, pm, plv)
             g = gain
             if up is not None:
-                g = gain * tl.load(tile_of(up, r, first, BN, r1, r2, strides[5], COL[5], DIMS), live, other=0.0).to(ACC)
+                g = gain * load(up, r, in_rows, first, live, BN, r1, r2, strides[5], COL[5], DIMS, ACC)
             of_mu, of_lv, of_plv = of_mu * g, of_lv * g, of_plv * g
             present = live
             if weight is not None:
-                w = tl.load(tile_of(weight, r, first, BN, r1, r2, strides[4], COL[4], DIMS), live, other=0).to(ACC)
+                w = load(weight, r, in_rows, first, live, BN, r1, r2, strides[4], COL[4], DIMS, ACC)
                 present = live & (w != 0.0)
                 term = term * w
                 of_mu, of_lv = tl.where(present, of_mu * w, 0.0), tl.where(present, of_lv * w, 0.0)
                 of_plv = tl.where(present, of_plv * w, 0.0)
-            g_mu, g_lv = of_mu, of_lv
+            g_mu += of_mu
+            g_lv += of_lv
             if d_prior_mu is not None:
-                at = tile_of(d_prior_mu, r, first, BN, r1, r2, strides[8], COL[8], DIMS)
-                tl.store(at, (-of_mu).to(d_prior_mu.dtype.element_ty), live)
+                store(d_prior_mu, (-of_mu), r, first, live, BN, r1, r2, strides[8], DIMS)
             if d_prior_logvar is not None:
-                at = tile_of(d_prior_logvar, r, first, BN, r1, r2, strides[9], COL[9], DIMS)
-                tl.store(at, of_plv.to(d_prior_logvar.dtype.element_ty), live)
+                store(d_prior_logvar, of_plv, r, first, live, BN, r1, r2, strides[9], DIMS)
             if TERMS != NOTHING:
                 term = tl.where(present, term, 0.0)
                 if TERMS == EACH:
-                    tl.store(tile_of(terms, r, first, BN, r1, r2, strides[10], COL[10], DIMS), term, live)
+                    store(terms, term, r, first, live, BN, r1, r2, strides[10], DIMS)
                 elif TERMS == ROWS:
-                    tl.store(parts + r.to(tl.int64) * chunks + chunk, tl.sum(term, 1), r < rows)
+                    tl.store(parts + r.to(tl.int64) * chunks + chunk, tl.sum(term, 1), in_rows)
                 else:
                     sum_terms += term
         if NOISE != NO_NOISE:
@@ -103,8 +103,7 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
             for sample in range(0, samples):
                 step = core.to_tensor(sample).to(tl.int64)
                 if NOISE == GIVEN:
-                    at = tile_of(eps, r, first, BN, r1, r2, strides[11], COL[11], DIMS)
-                    e = tl.load(at + step * eps_step, live, other=0.0).to(ACC)
+                    e = load(eps + step * eps_step, r, in_rows, first, live, BN, r1, r2, strides[11], COL[11], DIMS, ACC)
                 else:
                     start = step * count + r.to(tl.int64) * cols + first
                     key = tl.load(seed)
@@ -113,20 +112,19 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
                     else:
                         e = normal_at(key, start[:, None] + tl.arange(0, BN)[None, :]).to(ACC)
                 if z is not None:
-                    at = tile_of(z, r, first, BN, r1, r2, strides[13], COL[13], DIMS)
-                    tl.store(at + step * z_step, (m + sigma * e).to(z.dtype.element_ty), live)
+                    store(z + step * z_step, m + sigma * e, r, first, live, BN, r1, r2, strides[13], DIMS)
                 if grad_z is not None:
-                    at = tile_of(grad_z, r, first, BN, r1, r2, strides[12], COL[12], DIMS)
-                    gz = tl.load(at + step * grad_z_step, live, other=0.0).to(ACC)
+                    step *= grad_z_step
+                    gz = load(grad_z + step, r, in_rows, first, live, BN, r1, r2, strides[12], COL[12], DIMS, ACC)
                     g_mu += gz
                     through += gz * e
             g_lv += 0.5 * sigma * through
         if d_mu is not None:
-            tl.store(tile_of(d_mu, r, first, BN, r1, r2, strides[6], COL[6], DIMS), g_mu.to(d_mu.dtype.element_ty), live)
+            store(d_mu, g_mu, r, first, live, BN, r1, r2, strides[6], DIMS)
         if d_logvar is not None:
             if CLAMP:
                 g_lv = tl.where((raw < lo) | (raw > hi), 0.0, g_lv)
-            tl.store(tile_of(d_logvar, r, first, BN, r1, r2, strides[7], COL[7], DIMS), g_lv.to(d_logvar.dtype.element_ty), live)
+            store(d_logvar, g_lv, r, first, live, BN, r1, r2, strides[7], DIMS)
     if TERMS == TOTAL:
         tl.store(parts + pid, tl.sum(sum_terms))
 

@@ -1,0 +1,242 @@
+"""Compile every kernel ahead of time for real GPUs, without one: registers, spills, vector width, instructions per element.
+
+    python -m benchmarks.codegen [--target sm_90 ...] [--json FILE]
+
+The calls below go through the package's own host code; what it would launch is compiled instead. Exit status 1 if a kernel spills,
+or if an elementwise kernel reads or writes dense float32 tensors in less than 16 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if os.environ.pop("TRITON_INTERPRET", None):
+    # Triton reads it at its first import, and an interpreted kernel has nothing to compile.
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.codegen", *sys.argv[1:]])
+
+import torch
+import triton
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource
+
+try:
+    from triton._C.libtriton import native_specialize_impl
+except ImportError as error:
+    raise SystemExit(f"benchmarks.codegen needs Triton 3.6 or newer, found {triton.__version__}") from error
+
+import fastelbo
+from fastelbo import backend
+from fastelbo.kernels import launch as launch_module
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Kernels that walk dense tensors; the others (sums of partials) are not elementwise.
+# A dense operand that is read or written element by element costs a thread 16 accesses; scalars, partial sums and what broadcasts
+# along a row come to a handful.
+SCALARS = 8
+ELEMENTWISE = ("nll_kernel", "latent_kernel", "elbo_kernel")
+
+
+@dataclass
+class Report:
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    wide: int  # 16-byte global accesses
+    narrow: int  # narrower ones
+    per_element: float  # instructions of the whole kernel over the elements of a thread
+    problems: list[str] = field(default_factory=list)
+
+
+def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(name, whether every access to a tensor must be 16 bytes wide, call)."""
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_()
+
+    def elbo(dtype: torch.dtype, *, weight: Any = None, clamp: Any = None, d: int = 768, j: int = 32, **options: Any) -> Any:
+        inputs = [randn(64, d, dtype=dtype), torch.zeros(64, d, dtype=dtype), randn(64, j, dtype=dtype), randn(64, j, dtype=dtype)]
+        return fastelbo.elbo_loss(*inputs, weight=weight, logvar_clamp=clamp, **options)
+
+    def latent(dtype: torch.dtype, shape: tuple[int, ...] = (64, 32), **options: Any) -> Any:
+        return fastelbo.reparameterize_kl(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), **options)
+
+    def backward(outputs: Any) -> None:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    yield "elbo_loss, fixed variance", True, lambda: backward(elbo(f32))
+    yield "elbo_loss, learned variance", True, lambda: backward(elbo(f32, recon_logvar=randn(64, 768)))
+    yield "elbo_loss, learned, bf16", False, lambda: backward(elbo(bf16, recon_logvar=randn(64, 768, dtype=bf16)))
+    yield "elbo_loss, learned, fp16", False, lambda: backward(elbo(f16, recon_logvar=randn(64, 768, dtype=f16)))
+    yield "elbo_loss, scalar variance", True, lambda: backward(elbo(f32, recon_logvar=randn()))
+    yield "elbo_loss, per-dimension variance", True, lambda: backward(elbo(f32, recon_logvar=randn(768)))
+    yield "elbo_loss, float weights, clamp", True, lambda: backward(elbo(f32, weight=torch.zeros(64, 768), clamp=(-30.0, 20.0)))
+    yield "elbo_loss, mask", False, lambda: backward(elbo(f32, weight=torch.zeros(64, 768, dtype=torch.bool)))
+    yield "elbo_loss, odd sizes", False, lambda: backward(elbo(f32, d=785, j=21, recon_logvar=randn(64, 785)))
+    yield "elbo_loss, float64", False, lambda: backward(elbo(f64, recon_logvar=randn(64, 768, dtype=f64)))
+    yield "elbo_loss, per sample", True, lambda: backward(elbo(f32, recon_logvar=randn(64, 768), reduction="none"))
+    yield "gaussian_nll, std", True, lambda: backward(
+        fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), std=randn(64, 768), reduction="sum")
+    )
+    yield "gaussian_nll, var, elementwise", True, lambda: backward(
+        fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), var=randn(64, 768), batch_dims=2)
+    )
+    yield "gaussian_nll, per-channel variance", True, lambda: backward(
+        fastelbo.gaussian_nll(randn(8, 3, 64, 64), torch.zeros(8, 3, 64, 64), logvar=randn(3, 1, 1), reduction="mean")
+    )
+    yield "gaussian_kl, learned prior", True, lambda: backward(
+        fastelbo.gaussian_kl(randn(64, 32), randn(64, 32), randn(64, 32), randn(64, 32))
+    )
+    yield "reparameterize_kl, seed", True, lambda: backward(latent(f32, seed=1))
+    yield "reparameterize_kl, seed, bf16", False, lambda: backward(latent(bf16, seed=1))
+    yield "reparameterize_kl, eps", True, lambda: backward(latent(f32, eps=torch.zeros(64, 32)))
+    yield "reparameterize_kl, 4 samples", True, lambda: backward(latent(f32, seed=1, num_samples=4))
+    yield "reparameterize_kl, odd sizes", False, lambda: backward(latent(f32, (63, 21), seed=1, num_samples=3))
+    yield "packed moments", True, lambda: backward(
+        fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1)
+    )
+
+
+def launches(call: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """What a call would launch: (kernel, arguments)."""
+    found: list[tuple[Any, tuple[Any, ...]]] = []
+    start, choose = launch_module.start, backend.choose
+    launch_module.start = lambda kernel, programs, args: found.append((kernel, args))
+    backend.choose = lambda impl, device, empty=False: backend.kernels()  # type: ignore[assignment]
+    try:
+        call()
+    finally:
+        launch_module.start, backend.choose = start, choose
+    return found
+
+
+def source(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
+    """The kernel as the launcher would specialise it for these arguments."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+
+    def visit(path: tuple[int, ...], value: Any, kind: Any, key: Any) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(visit((*path, i), v, k, s) for i, (v, k, s) in enumerate(zip(value, kind, key, strict=True)))
+        if kind == "constexpr":
+            constants[path] = value
+        elif key == "D":
+            attrs[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, (param, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            kind, key = native_specialize_impl(BaseBackend, value, False, not param.do_not_specialize, True)
+            signature[param.name] = visit((i,), value, kind, key)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def inspect_cuda(compiled: Any) -> tuple[int, int, list[str]]:
+    """(registers, spilled bytes, SASS instructions)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
+    return int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]), [c for c in code if c != "NOP"]
+
+
+def inspect_hip(compiled: Any) -> tuple[int, int, list[str]]:
+    text = compiled.asm["amdgcn"]
+    figures = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)}
+    spills = figures["vgpr_spill_count"] + figures["sgpr_spill_count"] + figures["private_segment_fixed_size"]
+    return figures["vgpr_count"], spills, re.findall(r"^\t([sv]_\w+|(?:global|buffer|flat|ds)_\w+)", text, re.MULTILINE)
+
+
+def accesses(code: list[str], kind: str) -> tuple[int, int]:
+    """(16-byte, narrower) global loads and stores."""
+    if kind == "cuda":
+        memory = [c for c in code if c.startswith(("LDG", "STG"))]
+        return sum(".128" in c for c in memory), sum(".128" not in c for c in memory)
+    memory = [c for c in code if re.match(r"(global|buffer|flat)_(load|store)", c)]
+    return sum("dwordx4" in c for c in memory), sum("dwordx4" not in c for c in memory)
+
+
+def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Report]:
+    for case, strict, call in cases():
+        if names and case not in names:
+            continue
+        for kernel, args in launches(call):
+            for name in targets:
+                target = TARGETS[name]
+                compiled = triton.compile(
+                    source(kernel, args), target=target, options={"num_warps": launch_module.WARPS, "enable_fp_fusion": True}
+                )
+                registers, spills, code = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
+                wide, narrow = accesses(code, target.backend)
+                title = kernel.__name__
+                threads = launch_module.WARPS * target.warp_size
+                report = Report(case, title, name, registers, spills, wide, narrow, len(code) * threads / launch_module.TILE)
+                if spills:
+                    report.problems.append(f"spills {spills} bytes")
+                if strict and title in ELEMENTWISE and narrow > SCALARS:
+                    report.problems.append(f"{narrow} accesses of less than 16 bytes")
+                yield report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options = parser.parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"fastelbo {fastelbo.__version__}, Triton {triton.__version__}")
+    for heading in ("case", "kernel", "target"):
+        table.add_column(heading)
+    for heading in ("registers", "spills", "16-byte", "narrower", "instr./element"):
+        table.add_column(heading, justify="right")
+    found = []
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    with console.status("compiling") as status:
+        for r in reports(options.target):
+            status.update(f"compiling: {r.case}, {r.kernel}, {r.target}")
+            found.append(r)
+            style = "red" if r.problems else None
+            figures = (str(r.registers), str(r.spills), str(r.wide), str(r.narrow), f"{r.per_element:.1f}")
+            table.add_row(r.case, r.kernel, r.target, *figures, style=style)
+    console.print(table)
+    for r in found:
+        for problem in r.problems:
+            console.print(f"[red]{r.case}, {r.kernel}, {r.target}: {problem}")
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(r) for r in found], indent=1))
+    return 1 if any(r.problems for r in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
