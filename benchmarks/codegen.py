@@ -192,8 +192,9 @@ def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Repo
         for kernel, args in launches(call):
             for name in targets:
                 target = TARGETS[name]
+                capability = target.arch if target.backend == "cuda" else 0
                 compiled = triton.compile(
-                    source(kernel, args), target=target, options={"num_warps": launch_module.WARPS, "enable_fp_fusion": True}
+                    source(kernel, args), target=target, options=launch_module.options(target.backend, capability)
                 )
                 registers, spills, code = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
                 wide, narrow = accesses(code, target.backend)

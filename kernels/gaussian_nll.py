@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastelbo.reference import LOG_2PI, accumulate_dtype
 
-from .launch import PROGRAMS, TYPES, Call, divide, fold, launch, load, read, scalar, store
+from .launch import PROGRAMS, TYPES, Call, divide, fold, launch, load, read, scalar, store, tile_size
 from .math import exp, log
 from .reduction import COLS, EACH, NOTHING, ROWS, TOTAL, Segments, finish, sums
 
@@ -154,11 +154,11 @@ def plan(
     elif needs[2]:
         d_var = torch.empty_like(var if summed_var else inputs[2])
     outputs = [d_recon, d_x, None if d_var is None else d_var.expand(shape), each]
-    f = fold(shape, keep, [*inputs, *outputs])
+    f = fold(shape, keep, [*inputs, *outputs], tile=tile_size(acc))
 
     sink, var_parts, var_segments = NOTHING, None, None
     if f is not None and d_var is not None:
-        *steps, col = f.strides[7]
+        steps, col = f.strides[7], f.col_strides[7]
         varied = [i for i, step in enumerate(steps) if step]
         if shares is not None or not summed_var:
             sink = EACH
@@ -182,7 +182,7 @@ def plan(
         var_segments = Segments(var_parts, d_var, 1, 1, programs)
     elif sink == ROWS:
         var_parts = torch.empty(f.rows, f.chunks, dtype=acc, device=device)
-        sizes = (f.rows // (f.r1 * f.r2), f.r1, f.r2)
+        sizes = (f.rows // (f.r1 * f.r2), f.r1, f.r2)[3 - f.dims :]
         i = varied[0]
         var_segments = Segments(
             var_parts, d_var, math.prod(sizes[:i]), sizes[i], math.prod(sizes[i + 1 :]) * f.chunks, step=steps[i]
@@ -200,13 +200,13 @@ def plan(
         programs=programs,
         sizes=(f.rows, f.r1, f.r2),
         tensors=(*inputs, d_recon, d_x, d_var if sink is EACH else None, each, var_parts, parts),
-        strides=tuple(s[:3] for s in f.strides),
+        strides=f.strides,
         cols=f.cols,
         scalars=(
             scalar(gain, acc), scalar(1.0 if fixed is None else inverse_variance(fixed), acc), scalar(constant, acc), scalar(eps, acc)
         ),
         constants=(
-            tuple(s[3] for s in f.strides), FIXED.value if fixed is not None else KINDS[kind], term_sink.value, sink.value, f.dims,
+            f.col_strides, FIXED.value if fixed is not None else KINDS[kind], term_sink.value, sink.value, f.dims,
             f.bm, f.bn, TYPES[acc],
         ),
         acc=acc, terms=term_segments, var=var_segments, out=out, grads=(d_recon, d_x, d_var), shares=shares,

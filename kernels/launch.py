@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,8 @@ class Fold(NamedTuple):
     per_out: int
     bm: int
     bn: int
-    strides: tuple[tuple[int, int, int, int], ...]  # of each operand: three row strides and the column stride, 0 or 1
+    strides: tuple[tuple[int, ...], ...]  # of each operand, for each dimension of the rows
+    col_strides: tuple[int, ...]  # 0 or 1
 
     @property
     def chunks(self) -> int:
@@ -55,16 +56,23 @@ class Fold(NamedTuple):
         return -(-self.rows // self.bm) * self.chunks
 
 
-def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordered: bool = False) -> Fold | None:
+def tile_size(acc: torch.dtype) -> int:
+    """Elements of a tile: float64 fills the registers at half of them."""
+    return TILE // 2 if acc == torch.float64 else TILE
+
+
+def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordered: bool = False, tile: int = TILE) -> Fold | None:
     """The common view of `operands` (of `shape`, or None) whose sums keep `keep` dimensions; None if one of them must be copied.
 
     `ordered` keeps the logical order of the elements, which noise is numbered by; otherwise they are walked in memory order.
     """
-    return _fold(tuple(shape), keep, tuple(None if t is None else t.stride() for t in operands), ordered)
+    return _fold(tuple(shape), keep, tuple(None if t is None else t.stride() for t in operands), ordered, tile)
 
 
 @lru_cache(maxsize=4096)
-def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool) -> Fold | None:
+def _fold(
+    shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool, tile: int
+) -> Fold | None:
     given = [s for s in strides if s is not None]
     # Kept rows must stay apart from the elements that they sum; where everything or nothing is summed there is one group.
     split = keep if 0 < keep < len(shape) else 0
@@ -81,25 +89,26 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
                 merged.append((size, step))
         groups.append(merged)
     outer, inner = groups
-    one = (1, (0,) * len(given))
-    cols, col_steps = inner[-1] if inner else one
+    cols, col_steps = inner[-1] if inner else (1, (0,) * len(given))
     rows = outer + inner[:-1]
     if len(rows) > 3 or any(s not in (0, 1) for s in col_steps):
         return None
-    sizes, steps = zip(*([one] * (3 - len(rows)) + rows), strict=True)
+    sizes = [size for size, _ in rows]
     count = math.prod(sizes)
-    bn = TILE if count == 1 else min(TILE, triton.next_power_of_2(cols))
-    each = iter(zip(*steps, col_steps, strict=True))
+    bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols))
+    each = iter([tuple(steps[i] for _, steps in rows) for i in range(len(given))])
+    cols_each = iter(col_steps)
     return Fold(
         rows=count,
         cols=cols,
         dims=len(rows),
-        r1=sizes[1],
-        r2=sizes[2],
+        r1=sizes[-2] if len(rows) > 1 else 1,
+        r2=sizes[-1] if rows else 1,
         per_out=math.prod(size for size, _ in inner[:-1]),
-        bm=TILE // bn,
+        bm=tile // bn,
         bn=bn,
-        strides=tuple((0, 0, 0, 0) if s is None else next(each) for s in strides),
+        strides=tuple((0,) * len(rows) if s is None else next(each) for s in strides),
+        col_strides=tuple(0 if s is None else next(cols_each) for s in strides),
     )
 
 
@@ -110,7 +119,7 @@ class Call(NamedTuple):
     programs: int
     sizes: tuple[int, ...]
     tensors: tuple[Tensor | None, ...]
-    strides: tuple[tuple[int, int, int], ...]
+    strides: tuple[tuple[int, ...], ...]
     cols: int
     scalars: tuple[float | int | Tensor, ...]
     constants: tuple[Any, ...]
@@ -143,7 +152,28 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any) -> None
 
 def start(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
     """Every launch of the package goes through here: `benchmarks/codegen.py` and the tests that count launches take its place."""
-    kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=True)
+    kernel[(programs,)](*args, **_current_options())
+
+
+def options(backend: str, capability: int) -> dict[str, Any]:
+    """Compiler options for a target ("cuda" or "hip", and 10 times the compute capability)."""
+    if backend == "hip":
+        # Each mask of an element takes two scalar registers there: with twice the threads, and no aim at high occupancy, they suffice.
+        return {"num_warps": 2 * WARPS, "enable_fp_fusion": True, "waves_per_eu": 2}
+    if capability >= 100:
+        # Left alone, its assembler spills around the loop of a kernel that uses 48 registers. Naming any bound stops that.
+        return {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": 255}
+    return {"num_warps": WARPS, "enable_fp_fusion": True}
+
+
+@cache
+def _options_of(device: int) -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return options("hip" if torch.version.hip else "cuda", 10 * major + minor)
+
+
+def _current_options() -> dict[str, Any]:
+    return {} if INTERPRETED else _options_of(torch.cuda.current_device())
 
 
 def scalar(value: float | Tensor, acc: torch.dtype) -> float | int | Tensor:
@@ -177,9 +207,9 @@ def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
     if DIMS == 0:
         return rows.to(tl.int64) * 0
     elif DIMS == 1:
-        return rows.to(tl.int64) * strides[2]
+        return rows.to(tl.int64) * strides[0]
     elif DIMS == 2:
-        return (rows // r2).to(tl.int64) * strides[1] + (rows % r2).to(tl.int64) * strides[2]
+        return (rows // r2).to(tl.int64) * strides[0] + (rows % r2).to(tl.int64) * strides[1]
     else:
         outer = rows // r2
         high = (outer // r1).to(tl.int64) * strides[0] + (outer % r1).to(tl.int64) * strides[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastelbo.reference import accumulate_dtype
 
 from .gaussian_kl import kl_math
-from .launch import PROGRAMS, TYPES, Call, fold, launch, load, read, scalar, store
+from .launch import PROGRAMS, TYPES, Call, fold, launch, load, read, scalar, store, tile_size
 from .math import exp
 from .philox import normal_at, normal_tile_aligned
 from .reduction import EACH, NOTHING, ROWS, TOTAL, finish, sums
@@ -165,34 +165,36 @@ def plan(
         z = torch.empty(lead_shape, dtype=mu.dtype, device=device) if plain else torch.empty_like(inputs[0])
     # Of what carries a dimension of samples, the first sample stands for all: the others lie a fixed stride apart.
     firsts = [t if t is None or samples is None else t[0] for t in (eps, grad_z, z)]
-    f = fold(shape, keep, [*inputs, *grads, each, *firsts], ordered=seed is not None)
+    operands = [*inputs, *grads, each, *firsts]
+    f = fold(shape, keep, operands, seed is not None, tile_size(acc))
     if f is None:
         return plan(
             mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, gain, eps, seed, samples, grad_z, needs, want_z,
             want_kl, want_terms, out, beta, dense=True,
         )  # fmt: skip
 
+    count = math.prod(shape)
+    noise = NO_NOISE if eps is None else GIVEN
+    if seed is not None:
+        noise = ALIGNED if (f.rows == 1 or f.cols % 4 == 0) and (samples is None or count % 4 == 0) else UNALIGNED
+        if noise is UNALIGNED:
+            # A Philox call for each element fills the registers at half the tile.
+            f = fold(shape, keep, operands, True, tile_size(acc) // 2)
     programs = min(f.tiles, PROGRAMS)
     term_sink, parts, segments, result = EACH if want_terms else NOTHING, None, None, each
     if want_terms and each is None:
         term_sink, parts, segments, result = sums(f, shape[:keep], scale, programs, acc, device)
-    count = math.prod(shape)
-    if seed is not None:
-        whole = (f.rows == 1 or f.cols % 4 == 0) and (samples is None or count % 4 == 0) and f.bn >= 4
-        noise = ALIGNED if whole else UNALIGNED
-    else:
-        noise = NO_NOISE if eps is None else GIVEN
     apart = tuple(0 if t is None or samples is None else t.stride(0) for t in (eps, grad_z, z))
     lo, hi = (0.0, 0.0) if clamp is None else clamp
     return Call(
         programs=programs,
         sizes=(f.rows, f.r1, f.r2, 1 if samples is None else samples),
         tensors=(*inputs, *grads, each, eps, grad_z, z, parts, seed),
-        strides=(*(s[:3] for s in f.strides), apart, (count, 0, 0)),
+        strides=(*f.strides, apart, (count,)),
         cols=f.cols,
         scalars=(scalar(gain, acc), scalar(lo, acc), scalar(hi, acc), scalar(beta, acc)),
         constants=(
-            tuple(s[3] for s in f.strides), noise.value, want_kl, term_sink.value, clamp is not None, f.dims, f.bm, f.bn, TYPES[acc],
+            f.col_strides, noise.value, want_kl, term_sink.value, clamp is not None, f.dims, f.bm, f.bn, TYPES[acc],
         ),
         acc=acc, terms=segments, out=result, grads=tuple(grads), z=z,
     )  # fmt: skip

@@ -66,7 +66,7 @@ BACKENDS = [TORCH, TRITON, *TORCH_ON_GPU]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-# ---- inputs: (shape to draw, how to look at it); everything drawn with one layout has one shape ------------------------------------
+# ---- inputs: (shape to draw, how to look at it); everything drawn with one layout has one shape ----------------------------------
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "contiguous": ((3, 35), lambda t: t),
@@ -145,7 +145,7 @@ def make(names: Sequence[str], layout: str, dtype: str = "float32", seed: int = 
     return out
 
 
-# ---- the oracle's conventions, spelled out -----------------------------------------------------------------------------------------
+# ---- the oracle's conventions, spelled out ---------------------------------------------------------------------------------------
 
 
 def reduced(terms: Tensor, weight: Tensor | None, reduction: str, batch_dims: int) -> Tensor:
@@ -169,8 +169,8 @@ def present(weight: Tensor | None, *tensors: Tensor) -> Sequence[Tensor]:
 
 
 def slow_nll(
-    recon: Tensor, x: Tensor, *, logvar: Any = None, std: Any = None, var: Any = None, full: bool = True, weight: Tensor | None = None,
-    reduction: str = "none", batch_dims: int = 1,
+    recon: Tensor, x: Tensor, *, logvar: Any = None, std: Any = None, var: Any = None, full: bool = True,
+    weight: Tensor | None = None, reduction: str = "none", batch_dims: int = 1,
 ) -> Tensor:  # fmt: skip
     given, form = next(((v, f) for f, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None), (0.0, "logvar"))
     spread = torch.as_tensor(given, dtype=recon.dtype, device=recon.device).expand(recon.shape)
@@ -188,7 +188,8 @@ def slow_kl(
     weight: Tensor | None = None, reduction: str = "none", batch_dims: int = 1,
 ) -> Tensor:  # fmt: skip
     prior_mu, prior_logvar = (
-        torch.as_tensor(0.0 if p is None else p, dtype=mu.dtype, device=mu.device).expand(mu.shape) for p in (prior_mu, prior_logvar)
+        torch.as_tensor(0.0 if p is None else p, dtype=mu.dtype, device=mu.device).expand(mu.shape)
+        for p in (prior_mu, prior_logvar)
     )
     mu, logvar, prior_mu, prior_logvar = present(weight, mu, logvar, prior_mu, prior_logvar)
     if logvar_clamp is not None:
@@ -201,8 +202,8 @@ def slow_sample(mu: Tensor, logvar: Tensor, eps: Tensor, logvar_clamp: Any = Non
 
 
 def slow_terms(
-    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, recon_logvar: Any = None, prior_mu: Any = None, prior_logvar: Any = None,
-    full: bool = True, logvar_clamp: Any = None, weight: Tensor | None = None, reduction: str = "batchmean",
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, recon_logvar: Any = None, prior_mu: Any = None,
+    prior_logvar: Any = None, full: bool = True, logvar_clamp: Any = None, weight: Tensor | None = None, reduction: str = "batchmean",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     nll = slow_nll(recon, x, logvar=recon_logvar, full=full, weight=weight, reduction=reduction)
     return nll, slow_kl(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, reduction=reduction)
@@ -214,8 +215,8 @@ def slow_loss(*args: Tensor, beta: Any = 1.0, **options: Any) -> Tensor:
 
 
 def slow_sgvb(
-    decoder: Callable[[Tensor], Any], x: Tensor, mu: Tensor, logvar: Tensor, *, eps: Tensor, recon_logvar: Any = None, beta: Any = 1.0,
-    full: bool = True, weight: Tensor | None = None, reduction: str = "batchmean", logvar_clamp: Any = None, **prior: Any,
+    decoder: Callable[[Tensor], Any], x: Tensor, mu: Tensor, logvar: Tensor, *, eps: Tensor, recon_logvar: Any = None,
+    beta: Any = 1.0, full: bool = True, weight: Tensor | None = None, reduction: str = "batchmean", logvar_clamp: Any = None, **prior: Any,
 ) -> Tensor:  # fmt: skip
     """The estimator as the paper writes it: one decoder call and one likelihood per sample. eps is `(L, *mu.shape)`."""
     total = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -226,12 +227,14 @@ def slow_sgvb(
     return total / len(eps) + beta * slow_kl(mu, logvar, **prior, logvar_clamp=logvar_clamp, reduction=reduction)
 
 
-# ---- running and comparing ---------------------------------------------------------------------------------------------------------
+# ---- running and comparing -------------------------------------------------------------------------------------------------------
 
 Values = dict[str, Tensor]
 
 
-def leaves(tensors: Values, wanted: Iterable[str] | None = None, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Values:
+def leaves(
+    tensors: Values, wanted: Iterable[str] | None = None, device: torch.device = CPU, dtype: torch.dtype | None = None
+) -> Values:
     """The tensors as leaves on the device; those named in `wanted` (None: all that are floating, but constants) require grad.
 
     Strides and the offset into the storage, hence the alignment, are kept unless the dtype changes.
@@ -265,7 +268,7 @@ def assert_close(
     actual: Tensor | None, expected: Tensor, what: str, *, dtype: torch.dtype | None = None, scale: float | Tensor | None = None,
     rtol: float | None = None, acc: torch.dtype | None = None, truncates: bool = False,
 ) -> None:  # fmt: skip
-    """Compare with the float64 truth: `rtol` of (the value + `scale`) for the arithmetic, done in `acc`, and one rounding to the dtype.
+    """Compare with the float64 truth: `rtol` of (the value + `scale`) for the arithmetic, done in `acc`, and a rounding to the dtype.
 
     `scale` is the size of what was added up; the largest value by default.
     """
@@ -287,7 +290,9 @@ def assert_close(
     if rtol is None:
         rtol = 1e-12 if acc == torch.float64 else 2e-6
     size = want[finite].abs()
-    base = size.max() if scale is None else scale.double().cpu()[finite] if isinstance(scale, Tensor) and scale.ndim else float(scale)
+    base = (
+        size.max() if scale is None else scale.double().cpu()[finite] if isinstance(scale, Tensor) and scale.ndim else float(scale)
+    )
     bound = rtol * (size + base) + torch.finfo(acc).tiny
     if actual.dtype != acc:
         relative, step = ROUNDING[actual.dtype]
@@ -323,7 +328,7 @@ def check(
     wanted: Iterable[str] | None = None, out_dtypes: Sequence[torch.dtype] | None = None, upstream: Sequence[Tensor] | None = None,
     rtol: float | None = None,
 ) -> None:  # fmt: skip
-    """Value and every gradient of `fast` on the tensors as they are, against `slow` in float64 on the same, already rounded values."""
+    """Value and every gradient of `fast` on the tensors as they are, against `slow` in float64 on the same values."""
     device = backend.device
     mine = leaves(tensors, wanted, device)
     truth = leaves(tensors, wanted, CPU, torch.float64)
@@ -360,11 +365,11 @@ def check(
         assert torch.equal(mine[name].detach(), value) or value.isnan().any(), f"{name} changed"
 
 
-# ---- the operations ----------------------------------------------------------------------------------------------------------------
+# ---- the operations --------------------------------------------------------------------------------------------------------------
 
 
 class Op(NamedTuple):
-    """`fast(values, impl, **options)` and `slow(values, **options)`; `names` are its tensors, `samples` counts the z's they draw."""
+    """`fast(values, impl, **options)` and `slow(values, **options)`; `names` are its tensors."""
 
     names: tuple[str, ...]
     fast: Callable[..., Any]
@@ -391,7 +396,9 @@ OPS: dict[str, Op] = {
     ),
     "reparameterize_samples": Op(
         (*_LATENT, "eps"),
-        lambda v, impl: fastelbo.reparameterize(v["mu"], v["logvar"], 3, eps=torch.stack([v["eps"], -v["eps"], 2 * v["eps"]]), impl=impl),
+        lambda v, impl: fastelbo.reparameterize(
+            v["mu"], v["logvar"], 3, eps=torch.stack([v["eps"], -v["eps"], 2 * v["eps"]]), impl=impl
+        ),
         lambda v: torch.stack([slow_sample(v["mu"], v["logvar"], k * v["eps"]) for k in (1, -1, 2)]),
         returns_z=True,
     ),
@@ -469,7 +476,15 @@ OPS: dict[str, Op] = {
     "elbo_loss_unit": Op(
         ("recon", "x", *_LATENT, *_PRIOR),
         lambda v, impl, **o: fastelbo.elbo_loss(
-            v["recon"], v["x"], v["mu"], v["logvar"], prior_mu=v["prior_mu"], prior_logvar=v["prior_logvar"], full=False, impl=impl, **o
+            v["recon"],
+            v["x"],
+            v["mu"],
+            v["logvar"],
+            prior_mu=v["prior_mu"],
+            prior_logvar=v["prior_logvar"],
+            full=False,
+            impl=impl,
+            **o,
         ),
         lambda v, **o: slow_loss(
             v["recon"], v["x"], v["mu"], v["logvar"], prior_mu=v["prior_mu"], prior_logvar=v["prior_logvar"], full=False, **o
