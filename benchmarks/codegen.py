@@ -193,13 +193,12 @@ def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Repo
             for name in targets:
                 target = TARGETS[name]
                 capability = target.arch if target.backend == "cuda" else 0
-                compiled = triton.compile(
-                    source(kernel, args), target=target, options=launch_module.options(target.backend, capability)
-                )
+                options = launch_module.options(target.backend, capability)
+                compiled = triton.compile(source(kernel, args), target=target, options=options)
                 registers, spills, code = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
                 wide, narrow = accesses(code, target.backend)
                 title = kernel.__name__
-                threads = launch_module.WARPS * target.warp_size
+                threads = options["num_warps"] * target.warp_size
                 report = Report(case, title, name, registers, spills, wide, narrow, len(code) * threads / launch_module.TILE)
                 if spills:
                     report.problems.append(f"spills {spills} bytes")

@@ -203,7 +203,8 @@ def slow_sample(mu: Tensor, logvar: Tensor, eps: Tensor, logvar_clamp: Any = Non
 
 def slow_terms(
     recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, recon_logvar: Any = None, prior_mu: Any = None,
-    prior_logvar: Any = None, full: bool = True, logvar_clamp: Any = None, weight: Tensor | None = None, reduction: str = "batchmean",
+    prior_logvar: Any = None, full: bool = True, logvar_clamp: Any = None, weight: Tensor | None = None,
+    reduction: str = "batchmean",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     nll = slow_nll(recon, x, logvar=recon_logvar, full=full, weight=weight, reduction=reduction)
     return nll, slow_kl(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, reduction=reduction)
@@ -216,7 +217,8 @@ def slow_loss(*args: Tensor, beta: Any = 1.0, **options: Any) -> Tensor:
 
 def slow_sgvb(
     decoder: Callable[[Tensor], Any], x: Tensor, mu: Tensor, logvar: Tensor, *, eps: Tensor, recon_logvar: Any = None,
-    beta: Any = 1.0, full: bool = True, weight: Tensor | None = None, reduction: str = "batchmean", logvar_clamp: Any = None, **prior: Any,
+    beta: Any = 1.0, full: bool = True, weight: Tensor | None = None, reduction: str = "batchmean", logvar_clamp: Any = None,
+    **prior: Any,
 ) -> Tensor:  # fmt: skip
     """The estimator as the paper writes it: one decoder call and one likelihood per sample. eps is `(L, *mu.shape)`."""
     total = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -268,7 +270,7 @@ def assert_close(
     actual: Tensor | None, expected: Tensor, what: str, *, dtype: torch.dtype | None = None, scale: float | Tensor | None = None,
     rtol: float | None = None, acc: torch.dtype | None = None, truncates: bool = False,
 ) -> None:  # fmt: skip
-    """Compare with the float64 truth: `rtol` of (the value + `scale`) for the arithmetic, done in `acc`, and a rounding to the dtype.
+    """Compare with the float64 truth: `rtol` of (value + `scale`) for the arithmetic, done in `acc`, and a rounding to the dtype.
 
     `scale` is the size of what was added up; the largest value by default.
     """

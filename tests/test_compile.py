@@ -139,8 +139,16 @@ def count_graphs(fn: Fn, calls: list[tuple[Any, ...]]) -> int:
 BATCHES = [7, 5, 9, 33, 64, 128]
 
 
-SIZED = ["elbo_loss-learned", "elbo_loss-none", "reparameterize_kl", "reparameterize-seed", "gaussian_nll-logvar", "sgvb_loss-samples",
-         "gaussian_nll_loss", "kl"]  # fmt: skip
+SIZED = [
+    "elbo_loss-learned",
+    "elbo_loss-none",
+    "reparameterize_kl",
+    "reparameterize-seed",
+    "gaussian_nll-logvar",
+    "sgvb_loss-samples",
+    "gaussian_nll_loss",
+    "kl",
+]
 
 
 @pytest.mark.parametrize("name", SIZED)

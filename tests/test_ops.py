@@ -416,6 +416,19 @@ def test_float64_beta_keeps_a_float32_loss(backend: Backend) -> None:
             loss.sum().backward()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_a_beta_on_the_cpu_beside_gpu_tensors(reduction: str) -> None:
+    """Torch lets a 0-d CPU tensor into any operation: here it works as well, or is refused by name."""
+    v = leaves(make(["recon", "x", "mu", "logvar"], "contiguous"), device=torch.device("cuda"))
+    try:
+        loss = fastelbo.elbo_loss(*v.values(), beta=torch.tensor(0.3), reduction=reduction)
+    except ValueError as error:
+        assert "beta" in str(error)  # noqa: PT017 (no error is right too)
+    else:
+        torch.testing.assert_close(loss, fastelbo.elbo_loss(*v.values(), beta=0.3, reduction=reduction))
+
+
 # ---- the clamp, and extremes -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,187 @@
+"""What the Triton backend does beyond its numbers: launches, addresses, what its source must not contain."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastelbo
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.triton
+
+import fastelbo.kernels.launch as launch  # noqa: E402
+from fastelbo import kernels  # noqa: E402
+from fastelbo.kernels.gaussian_nll import nll_kernel  # noqa: E402
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched, in order."""
+    names: list[str] = []
+    start = launch.start
+
+    def counted(kernel, programs, args):
+        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        start(kernel, programs, args)
+
+    monkeypatch.setattr(launch, "start", counted)
+    return names
+
+
+def _inputs(device: torch.device, batch: int = 4, d: int = 30, j: int = 6) -> list[torch.Tensor]:
+    tensors = [torch.randn(batch, d), torch.randn(batch, d), torch.randn(batch, j), torch.randn(batch, j)]
+    tensors = [t.to(device) for t in tensors]
+    return [t.requires_grad_(i != 1) for i, t in enumerate(tensors)]
+
+
+Op = Callable[[torch.device], "torch.Tensor | tuple[torch.Tensor, ...]"]
+OPS: dict[str, tuple[Op, list[str], list[str]]] = {
+    "elbo_loss": (
+        lambda dev: fastelbo.elbo_loss(*_inputs(dev), impl="triton"),
+        ["elbo_kernel", "finish_kernel"],
+        ["scale_kernel"],
+    ),
+    "elbo_loss, learned scalar variance": (
+        lambda dev: fastelbo.elbo_loss(*_inputs(dev), recon_logvar=torch.zeros((), device=dev, requires_grad=True), impl="triton"),
+        ["elbo_kernel", "finish_kernel"],
+        ["scale_kernel"],
+    ),
+    "elbo_loss, per-dimension variance": (
+        lambda dev: fastelbo.elbo_loss(*_inputs(dev), recon_logvar=torch.zeros(30, device=dev, requires_grad=True), impl="triton"),
+        ["elbo_kernel", "finish_kernel"],
+        ["scale_kernel"],
+    ),
+    "elbo_terms": (
+        lambda dev: fastelbo.elbo_terms(*_inputs(dev), impl="triton"),
+        ["elbo_kernel", "finish_kernel"],
+        ["elbo_kernel"],
+    ),
+    "elbo_terms, per sample": (
+        lambda dev: fastelbo.elbo_terms(*_inputs(dev), reduction="none", impl="triton"),
+        ["elbo_kernel"],
+        ["elbo_kernel"],
+    ),
+    "elbo_terms, per sample, rows over several programs": (
+        lambda dev: fastelbo.elbo_terms(*_inputs(dev, d=5000), reduction="none", impl="triton"),
+        ["elbo_kernel", "finish_kernel"],
+        ["elbo_kernel"],
+    ),
+    "gaussian_nll": (
+        lambda dev: fastelbo.gaussian_nll(*_inputs(dev)[:2], reduction="mean", impl="triton"),
+        ["nll_kernel", "finish_kernel"],
+        ["nll_kernel"],
+    ),
+    "gaussian_nll, learned scalar std": (
+        lambda dev: fastelbo.gaussian_nll(
+            *_inputs(dev)[:2], std=torch.ones((), device=dev, requires_grad=True), reduction="mean", impl="triton"
+        ),
+        ["nll_kernel", "finish_kernel"],
+        ["nll_kernel", "finish_kernel"],
+    ),
+    "gaussian_kl": (
+        lambda dev: fastelbo.gaussian_kl(*_inputs(dev)[2:], impl="triton"),
+        ["latent_kernel"],
+        ["latent_kernel"],
+    ),
+    "reparameterize": (
+        lambda dev: fastelbo.reparameterize(*_inputs(dev)[2:], seed=1, impl="triton"),
+        ["latent_kernel"],
+        ["latent_kernel"],
+    ),
+    "reparameterize_kl": (
+        lambda dev: fastelbo.reparameterize_kl(*_inputs(dev)[2:], seed=1, num_samples=3, impl="triton"),
+        ["latent_kernel"],
+        ["latent_kernel"],
+    ),
+    "reparameterize_kl, mean": (
+        lambda dev: fastelbo.reparameterize_kl(*_inputs(dev)[2:], seed=1, reduction="mean", impl="triton"),
+        ["latent_kernel", "finish_kernel"],
+        ["latent_kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_numbers_of_launches(name: str, launches: list[str], device: torch.device) -> None:
+    call, forward, backward = OPS[name]
+    out = call(device)
+    assert launches == forward
+    launches.clear()
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+    assert launches == backward
+    assert max(len(forward), len(backward)) <= 2
+
+
+def test_no_gradients_are_written_without_grad_mode(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    seen = []
+    start = launch.start
+    monkeypatch.setattr(launch, "start", lambda k, p, args: (seen.append(args), start(k, p, args)))
+    with torch.no_grad():
+        fastelbo.elbo_loss(*_inputs(device), impl="triton")
+    nll_tensors = seen[0][4]
+    assert nll_tensors[5:8] == (None, None, None)
+
+
+def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last tile of a tensor of more than 2**31 elements, of which only the touched pages ever exist."""
+    if not kernels.INTERPRETED:
+        pytest.skip("on a GPU, test_gpu.py runs the whole tensor")
+    n = 2**31 + 5000
+    recon, x = torch.empty(1, n, dtype=torch.float16), torch.empty(1, n, dtype=torch.float16)
+    for t in (recon, x):
+        t[0, :4096] = 0
+        t[0, -8192:] = 0
+    recon[0, -1] = 3.0
+    recon[0, -4000] = 1.0
+    sums: list[float] = []
+    start = launch.start
+
+    def ends_only(kernel, programs, args):
+        if kernel is nll_kernel:
+            # A program that strides from the first tile to one of the last, which holds elements past 2**31.
+            tiles = math.ceil(n / launch.TILE)
+            for step in (tiles - 3, tiles - 1):
+                kernel[(1,)](step, *args[1:])
+                sums.append(float(args[4][-1][0]))
+
+    monkeypatch.setattr(launch, "start", ends_only)
+    fastelbo.gaussian_nll(recon, x, full=False, reduction="sum", impl="triton")
+    assert sums == [pytest.approx(0.5), pytest.approx(4.5)]
+
+
+def test_row_offsets_are_64_bit() -> None:
+    """Rows of two dimensions whose offset, but no factor of it, exceeds 2**31."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def probe(out, r1, r2, strides, DIMS: tl.constexpr):
+        rows = tl.arange(0, 4) + 70_000
+        tl.store(out + tl.arange(0, 4), launch.row_offset(rows, r1, r2, strides, DIMS))
+
+    if not kernels.INTERPRETED:
+        pytest.skip("the GPU tests address real tensors of that size")
+    out = torch.empty(4, dtype=torch.int64)
+    probe[(1,)](out, 1, 10, (400_000, 7), DIMS=2)
+    rows = torch.arange(70_000, 70_004)
+    assert torch.equal(out, rows // 10 * 400_000 + rows % 10 * 7)
+    assert int(out.max()) > 2**31
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.name)
+def test_every_masked_load_states_what_it_reads_elsewhere(path: Path) -> None:
+    """The interpreter reads zeros under a mask where a GPU reads anything at all."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            names = {k.arg for k in node.keywords}
+            masked = len(node.args) > 1 or "mask" in names
+            assert not masked or "other" in names or len(node.args) > 2, f"{path.name}:{node.lineno}"
