@@ -93,26 +93,34 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "elbo_loss, odd sizes", False, lambda: backward(elbo(f32, d=785, j=21, recon_logvar=randn(64, 785)))
     yield "elbo_loss, float64", False, lambda: backward(elbo(f64, recon_logvar=randn(64, 768, dtype=f64)))
     yield "elbo_loss, per sample", True, lambda: backward(elbo(f32, recon_logvar=randn(64, 768), reduction="none"))
-    yield "gaussian_nll, std", True, lambda: backward(
-        fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), std=randn(64, 768), reduction="sum")
+    yield (
+        "gaussian_nll, std",
+        True,
+        lambda: backward(fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), std=randn(64, 768), reduction="sum")),
     )
-    yield "gaussian_nll, var, elementwise", True, lambda: backward(
-        fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), var=randn(64, 768), batch_dims=2)
+    yield (
+        "gaussian_nll, var, elementwise",
+        True,
+        lambda: backward(fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), var=randn(64, 768), batch_dims=2)),
     )
-    yield "gaussian_nll, per-channel variance", True, lambda: backward(
-        fastelbo.gaussian_nll(randn(8, 3, 64, 64), torch.zeros(8, 3, 64, 64), logvar=randn(3, 1, 1), reduction="mean")
+    yield (
+        "gaussian_nll, per-channel variance",
+        True,
+        lambda: backward(
+            fastelbo.gaussian_nll(randn(8, 3, 64, 64), torch.zeros(8, 3, 64, 64), logvar=randn(3, 1, 1), reduction="mean")
+        ),
     )
-    yield "gaussian_kl, learned prior", True, lambda: backward(
-        fastelbo.gaussian_kl(randn(64, 32), randn(64, 32), randn(64, 32), randn(64, 32))
+    yield (
+        "gaussian_kl, learned prior",
+        True,
+        lambda: backward(fastelbo.gaussian_kl(randn(64, 32), randn(64, 32), randn(64, 32), randn(64, 32))),
     )
     yield "reparameterize_kl, seed", True, lambda: backward(latent(f32, seed=1))
     yield "reparameterize_kl, seed, bf16", False, lambda: backward(latent(bf16, seed=1))
     yield "reparameterize_kl, eps", True, lambda: backward(latent(f32, eps=torch.zeros(64, 32)))
     yield "reparameterize_kl, 4 samples", True, lambda: backward(latent(f32, seed=1, num_samples=4))
     yield "reparameterize_kl, odd sizes", False, lambda: backward(latent(f32, (63, 21), seed=1, num_samples=3))
-    yield "packed moments", True, lambda: backward(
-        fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1)
-    )
+    yield "packed moments", True, lambda: backward(fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1))
 
 
 def launches(call: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -171,7 +179,10 @@ def inspect_cuda(compiled: Any) -> tuple[int, int, list[str]]:
 
 def inspect_hip(compiled: Any) -> tuple[int, int, list[str]]:
     text = compiled.asm["amdgcn"]
-    figures = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)}
+    figures = {
+        k: int(v)
+        for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+    }
     spills = figures["vgpr_spill_count"] + figures["sgpr_spill_count"] + figures["private_segment_fixed_size"]
     return figures["vgpr_count"], spills, re.findall(r"^\t([sv]_\w+|(?:global|buffer|flat|ds)_\w+)", text, re.MULTILINE)
 

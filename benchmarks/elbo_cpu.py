@@ -79,7 +79,12 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading in ("size", "variance") else "right")
     rows = []
     for name, batch, elements, latents in SIZES:
-        inputs = [torch.randn(batch, elements), torch.randn(batch, elements), torch.randn(batch, latents), torch.randn(batch, latents)]
+        inputs = [
+            torch.randn(batch, elements),
+            torch.randn(batch, elements),
+            torch.randn(batch, latents),
+            torch.randn(batch, latents),
+        ]
         inputs[3] *= 0.3
         for i in (0, 2, 3):
             inputs[i].requires_grad_()
@@ -104,7 +109,9 @@ def main() -> None:
             if variance == "learned":
                 shown.insert(1, "")
             table.add_row(f"{name} {batch} x {elements}", variance, *shown, " / ".join(f"{r:.2f}" for r in ratios))
-            rows.append({"size": name, "batch": batch, "elements": elements, "latents": latents, "variance": variance, "us": median})
+            rows.append(
+                {"size": name, "batch": batch, "elements": elements, "latents": latents, "variance": variance, "us": median}
+            )
     Console().print(table)
     if options.json:
         host = {"machine": platform.processor() or platform.machine(), "threads": options.threads, "torch": torch.__version__}

@@ -92,26 +92,22 @@ class Latent(Function):
         samples: int | None, want_kl: bool, packed: int | None, backend: ModuleType,
     ) -> Any:  # fmt: skip
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, weight, eps, seed)
-        ctx.options = clamp, keep, scale, samples, want_kl, packed, backend
+        ctx.options = clamp, keep, scale, samples, packed, backend
         ctx.set_materialize_grads(False)
         if packed is not None:
             mu, logvar = mu.chunk(2, packed)
-        return backend.latent_forward(
-            mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl
-        )
+        return backend.latent_forward(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
         mu, logvar, prior_mu, prior_logvar, weight, eps, seed = ctx.saved_tensors
-        clamp, keep, scale, samples, want_kl, packed, backend = ctx.options
+        clamp, keep, scale, samples, packed, backend = ctx.options
         needs = ctx.needs_input_grad[:4]
         if grad_z is None and grad_kl is None:
             return (None,) * 14
         if _is_differentiated():
 
-            def expression(
-                mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None
-            ) -> Outputs:
+            def expression(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Outputs:
                 if packed is not None:
                     mu, logvar = mu.chunk(2, packed)
                 z = kl = None
@@ -124,12 +120,12 @@ class Latent(Function):
 
             grads = _differentiate(expression, (mu, logvar, prior_mu, prior_logvar), needs, [grad_z, grad_kl])
         elif packed is not None:
-            grad = torch.empty_like(mu)
-            backend.latent_backward(
+            grad = torch.empty_like(mu) if needs[0] else None
+            _, _, *of_prior = backend.latent_backward(
                 *mu.chunk(2, packed), prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl,
-                (needs[0], needs[0], *needs[2:]), out=grad.chunk(2, packed),
+                (needs[0], needs[0], *needs[2:]), out=None if grad is None else grad.chunk(2, packed),
             )  # fmt: skip
-            grads = [grad, None, None, None]
+            grads = [grad, None, *of_prior]
         else:
             grads = backend.latent_backward(
                 mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl, needs
@@ -175,7 +171,9 @@ class ELBO(Function):
         needs = ctx.needs_input_grad[:7]
         # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
         inputs = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
-        ready = track and not any(need and t.dtype == torch.float16 for need, t in zip(needs, inputs, strict=True))
+        ready = track and not any(
+            isinstance(t, Tensor) and t.dtype == torch.float16 for t, need in zip(inputs, needs, strict=True) if need
+        )
         now = needs if ready else (False,) * 7
         loss, nll, kl, grads = backend.elbo_forward(
             recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, now
@@ -196,14 +194,14 @@ class ELBO(Function):
         return *_elbo_backward(ctx, grad, grad, full, clamp, keep, nll_scale, kl_scale * ctx.beta, backend), *(None,) * 8
 
 
-def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:  # type: ignore[no-untyped-def]
+def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:
     ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, mu, logvar, prior_mu, prior_logvar, weight)
     ctx.fixed = None if isinstance(var, Tensor) else var
 
 
 def _elbo_backward(
-    ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None,
-    full: bool, clamp: tuple[float, float] | None, keep: int, nll_scale: float | Tensor, kl_scale: float | Tensor, backend: ModuleType,
+    ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None, full: bool, clamp: tuple[float, float] | None, keep: int,
+    nll_scale: float | Tensor, kl_scale: float | Tensor, backend: ModuleType,
 ) -> Any:  # fmt: skip
     """Gradients of both terms from the saved inputs."""
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight = ctx.saved_tensors
@@ -212,7 +210,7 @@ def _elbo_backward(
     inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar
     if _is_differentiated():
 
-        def expression(recon, x, var, mu, logvar, prior_mu, prior_logvar) -> Outputs:  # type: ignore[no-untyped-def]
+        def expression(recon, x, var, mu, logvar, prior_mu, prior_logvar) -> Outputs:
             nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", full, 0.0, keep)
             kl = kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
             return [nll, kl]

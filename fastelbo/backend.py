@@ -32,8 +32,8 @@ def kernels() -> ModuleType:
     return _kernels
 
 
-def choose(impl: str | None, device: torch.device) -> ModuleType | None:
-    """The backend module for a call on `device`; None stands for the reference.
+def choose(impl: str | None, device: torch.device, empty: bool = False) -> ModuleType | None:
+    """The backend module for a call on `device`; None stands for the reference. Of `empty` tensors there is nothing to launch.
 
     "auto" picks Triton for CUDA and HIP tensors and plain PyTorch otherwise, and plain PyTorch under torch.compile, where
     Inductor fuses it. "triton" on CPU tensors works only in Triton's interpreter.
@@ -47,14 +47,14 @@ def choose(impl: str | None, device: torch.device) -> ModuleType | None:
     if name == "torch" or torch.compiler.is_compiling():
         return eager
     if name == "auto":
-        return kernels() if device.type == "cuda" and _triton_found() else eager
+        return kernels() if device.type == "cuda" and not empty and _triton_found() else eager
     if not _triton_found():
         raise ValueError("impl='triton' needs the package triton, which is not installed here; use impl='torch'")
     if device.type != "cuda" and not kernels().INTERPRETED:
         raise ValueError(
             f"impl='triton' needs CUDA or HIP tensors (or TRITON_INTERPRET=1), got tensors on {device.type!r}; use impl='torch'"
         )
-    return kernels()
+    return eager if empty else kernels()
 
 
 _found: bool | None = None

@@ -39,6 +39,8 @@ class DiagonalGaussian:
             TypeError, ValueError: `moments` is not a floating tensor, or its size along `dim` is odd.
         """
         _check_tensor("moments", moments)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim must be an int, got {type(dim).__name__}")
         if not -moments.ndim <= dim < moments.ndim:
             raise ValueError(f"dim must be between {-moments.ndim} and {moments.ndim - 1}, got {dim}")
         if moments.shape[dim] % 2:
@@ -67,11 +69,14 @@ class DiagonalGaussian:
         return self.mu
 
     def _fused(self, noise, num_samples, other, weight, reduction, batch_dims, want_kl):  # type: ignore[no-untyped-def]
-        packed, (mu, logvar) = (None, (self.mu, self._logvar)) if self._moments is None else (self._moments[1], (self._moments[0], None))
-        prior = (None, None) if other is None else (other.mu, other.logvar)
+        mu, logvar, packed = (self.mu, self._logvar, None) if self._moments is None else (self._moments[0], None, self._moments[1])
+        if other is not None and not isinstance(other, DiagonalGaussian):
+            raise TypeError(f"other must be a DiagonalGaussian or None, got {type(other).__name__}")
+        prior_mu, prior_logvar = (None, None) if other is None else (other.mu, other.logvar)
         return _latent(
-            mu, logvar, *prior, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl, self._impl, packed
-        )
+            mu, logvar, prior_mu, prior_logvar, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl, self._impl,
+            packed,
+        )  # fmt: skip
 
     def rsample(
         self,

@@ -53,7 +53,9 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
     if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
         cols = count // rows
         tall, wide = max(1, BLOCK // cols), min(cols, BLOCK)
-        index = [(slice(r, r + tall), slice(c, c + wide)) for r in range(0, rows, tall) for c in range(0, cols, wide)]
+        index: list[tuple[slice, ...]] = [
+            (slice(r, r + tall), slice(c, c + wide)) for r in range(0, rows, tall) for c in range(0, cols, wide)
+        ]
         return torch.Size((rows, cols)), {0: 0, len(shape): 2}.get(keep, 1), index
     tall = max(1, BLOCK * shape[0] // count)
     return shape, keep, [(slice(r, r + tall),) for r in range(0, shape[0], tall)]
@@ -110,15 +112,13 @@ def _run(
             if w and not f:
                 here = total[index[0]] if total.ndim and total.shape[0] != 1 else total
                 here += share.sum_to_size(here.shape)
-    grads = [
-        g if f else g.to(t.dtype).view(t.shape) if w else None for g, t, f, w in zip(grads, inputs, full, needs, strict=True)
-    ]
+    grads = [g if f else g.to(t.dtype).view(t.shape) if w else None for g, t, f, w in zip(grads, inputs, full, needs, strict=True)]
     return _join(sums, indices, view, kept, shape[:keep], acc) if sums else None, tuple(grads)
 
 
 def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
     """A float64 buffer for the gradient of an input that broadcasts, padded to the blocks' rank (0-d stays 0-d)."""
-    padded = t.shape if not t.ndim else (t.shape[0], 1) if dense else (1,) * (ndim - t.ndim) + tuple(t.shape)
+    padded = t.shape if not t.ndim else (t.numel(), 1) if dense else (1,) * (ndim - t.ndim) + tuple(t.shape)
     return torch.zeros(padded, dtype=torch.float64, device=t.device)
 
 
@@ -140,7 +140,7 @@ def _join(sums: list[Tensor], indices: list, view: torch.Size, kept: int, shape:
 def _like(grad: Tensor, t: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its input."""
     if grad.shape != t.shape:
-        grad = grad.sum_to_size(t.shape)
+        grad = grad.sum_to_size(t.shape) if grad.numel() else torch.zeros_like(t)
     return grad if grad.dtype == t.dtype else grad.to(t.dtype)
 
 
@@ -167,20 +167,22 @@ def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: to
 def _weigh(values: Tensor | None, weight: Tensor, absent: Tensor) -> Tensor | None:
     if values is None:
         return None
-    return (values if weight.dtype == torch.bool else values * weight).masked_fill(absent, 0.0)
+    return (values if weight.dtype == torch.bool else values * weight.to(values.dtype)).masked_fill(absent, 0.0)
 
 
 # ---- Gaussian negative log-likelihood --------------------------------------------------------------------------------------------
 
 
-def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms) -> tuple[Tensor | None, Grads]:
+def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
-    acc = accumulate_dtype(recon, x, var)
     fixed = not isinstance(var, Tensor)
-    # terms = factor * core + constant: affine parts that all terms share are applied to the sums.
     factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
+    # terms = factor * (core + shift), and the factor is left to the sums. The shift is not: where the parts of the likelihood
+    # cancel, sums without it would be far larger than the result, and so would their rounding errors. With weights, or a variance
+    # so extreme that there is no such shift, terms are finished one by one.
+    shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
     need_recon, need_x, need_var = needs
     rate = half_up = None
     if need_recon or need_x:
@@ -194,18 +196,19 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
         if fixed:
             ratio = torch.sub(recon.to(acc), x.to(acc), out=of_recon)
             core = ratio * ratio if want_terms else None
+            level = None
         elif kind == "logvar":
             lv = var.to(acc)
             d = torch.sub(recon.to(acc), x.to(acc), out=of_var)
             precision = torch.neg(lv).exp_()
             ratio = torch.mul(d, precision, out=of_recon)
             square = torch.mul(d, ratio, out=of_var)
-            core = square + lv if want_terms else None
+            core, level = square, lv
         elif kind == "std":
             std = var.to(acc)
             r = (recon.to(acc) - x.to(acc)) / std
             ratio, square = r / std, r * r
-            core = square + 2 * torch.log(std) if want_terms else None
+            core, level = square, 2 * torch.log(std) if want_terms else None
         else:
             # Raised to eps, but a negative variance is an error, and NaN shows it where no check can.
             raw = var.to(acc)
@@ -213,7 +216,16 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
             d = recon.to(acc) - x.to(acc)
             ratio = d / variance
             square = d * ratio
-            core = square + torch.log(variance) if want_terms else None
+            core, level = square, torch.log(variance) if want_terms else None
+        if not want_terms:
+            core = None
+        elif shift is None:
+            core = (core if level is None else core + level) * factor + constant
+        elif level is not None and level.shape != core.shape:
+            core = core + (level + shift)
+        else:
+            core = core if level is None else core + level
+            core = core.add_(shift) if shift else core
         g_recon = g_x = g_var = slope = None
         if need_var:
             slope = square.neg_().add_(1.0)
@@ -221,26 +233,20 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 slope /= std if kind == "std" else variance
         if weight is not None:
             absent = ~weight if weight.dtype == torch.bool else weight == 0
-            core = None if core is None else _weigh(core * factor + constant, weight, absent)
+            core = None if core is None else _weigh(core, weight, absent)
             ratio, slope = _weigh(ratio, weight, absent), _weigh(slope, weight, absent)
         if need_var:
             g_var = _mul(slope, half_up, outs[2])
-        if need_recon or need_x:
+        if need_x:
+            # Not from recon's gradient, which may have been rounded to recon's dtype.
+            g_x = _mul(ratio, -rate, outs[1])
+        if need_recon:
             g_recon = _mul(ratio, rate, outs[0])
-            if need_x:
-                g_x = torch.neg(g_recon) if outs[1] is None else outs[1].copy_(g_recon).neg_()
         return core, [g_recon, g_x, g_var]
 
     inputs, constants = (recon, x, None if fixed else var), (weight, rate, half_up)
     core, grads = _run(block, inputs, constants, needs, recon.shape, keep, acc, (None,) * 3)
-    if core is None:
-        return None, grads
-    if weight is not None:
-        return core * scale, grads
-    core = core * _factor(factor * scale, acc)
-    if constant:
-        core = core + constant * math.prod(recon.shape[keep:]) * scale
-    return core, grads
+    return None if core is None else core * _factor(scale if shift is None else factor * scale, acc), grads
 
 
 def _exp(value: float) -> float:
@@ -252,17 +258,20 @@ def _exp(value: float) -> float:
 
 
 def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale) -> Tensor:
-    return _nll(recon, x, var, weight, kind, full, eps, keep, scale, 1.0, (False,) * 3, True)[0]
+    acc = accumulate_dtype(recon, x, var)
+    return _nll(recon, x, var, weight, kind, full, eps, keep, scale, 1.0, (False,) * 3, True, acc)[0]
 
 
 def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> Grads:
-    up = _upstream(grad, scale, recon.shape, keep, accumulate_dtype(recon, x, var))
-    return _nll(recon, x, var, weight, kind, False, eps, keep, 1.0, up, needs, False)[1]
+    acc = accumulate_dtype(recon, x, var)
+    up = _upstream(grad, scale, recon.shape, keep, acc)
+    return _nll(recon, x, var, weight, kind, False, eps, keep, 1.0, up, needs, False, acc)[1]
 
 
 # ---- the latent side: sampling and KL --------------------------------------------------------------------------------------------
 
 # (e^v - 1 - v) / v^2 on [-1, 1] as a polynomial in v, constant first: near-minimax (Chebyshev), exact to float32 or float64.
+# fmt: off
 _REST = {
     torch.float32: (
         0.499999998, 0.166666666, 0.0416667366, 0.00833333968, 0.00138853969,
@@ -274,6 +283,8 @@ _REST = {
         2.0876763758519632e-9, 1.6057448519013339e-10, 1.1469860083749004e-11, 7.7532899090613013e-13, 4.8383974908301086e-14,
     ),
 }
+
+# fmt: on
 
 
 def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,9 +306,8 @@ def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
     return expm1, torch.where(v.abs() < 1, series * v * v, expm1 - v)
 
 
-def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, out=None):
+def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
-    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
     rate = half = None
     if up is not None and any(needs):
@@ -346,12 +356,10 @@ def latent_forward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """z (None without eps and seed) in mu's dtype, of shape (samples, *mu.shape) if samples is given; and the KL if wanted."""
     z = kl = None
+    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     if want_kl:
-        kl = _kl(
-            mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True
-        )[0]
+        kl = _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True, acc)[0]
     if eps is not None or seed is not None:
-        acc = accumulate_dtype(mu, logvar)
         wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
         std = torch.mul(wide, 0.5).exp_()
         normals = sample_noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
@@ -374,9 +382,7 @@ def latent_backward(
         if samples is not None:
             grad_z = grad_z.sum(0)
             grad_z_eps = None if grad_z_eps is None else grad_z_eps.sum(0)
-    return _kl(
-        mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, 1.0, up, grad_z, grad_z_eps, needs, False, out
-    )[1]
+    return _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, 1.0, up, grad_z, grad_z_eps, needs, False, acc, out)[1]
 
 
 # ---- both sides at once ----------------------------------------------------------------------------------------------------------
@@ -386,33 +392,38 @@ def elbo_forward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, needs
 ) -> tuple[Tensor, Tensor, Tensor, Grads]:
     """loss = nll + beta * kl, both terms (scaled totals), and the loss's gradients, written in the pass that reads the inputs."""
-    nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True)
-    kl, of_kl = _kl(
-        mu, logvar, prior_mu, prior_logvar, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True
-    )
-    loss = nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta)
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True, acc)
+    prior = prior_mu, prior_logvar
+    kl, of_kl = _kl(mu, logvar, *prior, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True, acc)
+    loss = nll + beta.to(acc) * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta)
     return loss, nll, kl, (*of_nll, *of_kl)
 
 
 def elbo_terms_forward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
 ) -> tuple[Tensor, Tensor]:
-    nll = nll_forward(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale)
-    kl = latent_forward(mu, logvar, prior_mu, prior_logvar, None, clamp, keep, kl_scale, None, None, None, True)[1]
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    nll, _ = _nll(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, 1.0, (False,) * 3, True, acc)
+    prior = prior_mu, prior_logvar
+    kl, _ = _kl(mu, logvar, *prior, None, clamp, keep, kl_scale, None, None, None, (False,) * 4, True, acc)
     return nll, kl
 
 
 def elbo_terms_backward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, nll_scale, kl_scale, grad_nll, grad_kl, needs
 ) -> Grads:
-    of_nll = of_kl = (None,) * 4
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    of_nll: Grads = (None,) * 3
+    of_kl: Grads = (None,) * 4
     if grad_nll is not None:
-        of_nll = nll_backward(recon, x, var, weight, "logvar", 0.0, keep, nll_scale, grad_nll, needs[:3])
+        up = _upstream(grad_nll, nll_scale, recon.shape, keep, acc)
+        _, of_nll = _nll(recon, x, var, weight, "logvar", False, 0.0, keep, 1.0, up, needs[:3], False, acc)
     if grad_kl is not None:
-        of_kl = latent_backward(
-            mu, logvar, prior_mu, prior_logvar, None, clamp, keep, kl_scale, None, None, None, None, grad_kl, needs[3:]
-        )
-    return (*of_nll[:3], *of_kl)
+        up = _upstream(grad_kl, kl_scale, mu.shape, keep, acc)
+        prior = prior_mu, prior_logvar
+        _, of_kl = _kl(mu, logvar, *prior, None, clamp, keep, 1.0, up, None, None, needs[3:], False, acc)
+    return (*of_nll, *of_kl)
 
 
 def scale_gradients(grads: Grads, grad: Tensor) -> None:

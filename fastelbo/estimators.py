@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .functional import _check_scalar, _check_tensor, _REDUCTIONS, gaussian_nll, reparameterize_kl
+from .functional import (
+    _REDUCTIONS,
+    _check_samples,
+    _check_scalar,
+    _check_tensor,
+    _check_weight,
+    gaussian_nll,
+    reparameterize_kl,
+)
 
 
 def sgvb_loss(
@@ -53,12 +61,18 @@ def sgvb_loss(
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
     _check_tensor("x", x)
-    beta = _check_scalar("beta", beta)
+    beta = _check_scalar("beta", beta, x.device)
+    _check_samples(num_samples)
+    if not callable(decoder):
+        raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
+    if eps is not None:
+        _check_tensor("eps", eps, x.device)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
     _check_tensor("mu", mu, x.device)
     if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
+    _check_weight(weight, "x", x.shape, x.device)
     if num_samples == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:
@@ -71,6 +85,8 @@ def sgvb_loss(
     if isinstance(out, tuple):
         if recon_logvar is not None:
             raise ValueError("recon_logvar is given, but the decoder returns one too")
+        if len(out) != 2:
+            raise ValueError(f"decoder(z) must be recon or (recon, recon_logvar), got a tuple of {len(out)}")
         recon, recon_logvar = out
     else:
         recon = out
@@ -83,11 +99,12 @@ def sgvb_loss(
     if isinstance(recon_logvar, Tensor) and recon_logvar.ndim == recon.ndim and recon_logvar.shape[0] == expected[0]:
         recon_logvar = recon_logvar.view(num_samples, x.shape[0], *recon_logvar.shape[1:])
     nll = gaussian_nll(
-        recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2, impl=impl
-    )
+        recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2,
+        impl=impl,
+    )  # fmt: skip
     if reduction == "none":
         nll = nll.mean(0)
     elif reduction == "sum":
         nll = nll / num_samples
-    loss = nll + beta * kl
+    loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
     return (loss, nll.detach(), kl.detach()) if return_terms else loss

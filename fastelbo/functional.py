@@ -70,21 +70,30 @@ def _check_weight(weight: Any, to: str, shape: torch.Size, device: torch.device)
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor or None, got {type(weight).__name__}")
-    if weight.dtype != torch.bool:
+    if weight.dtype == torch.bool:
+        if weight.device != device:
+            raise ValueError(
+                f"weight is on {weight.device}, but the first argument is on {device}: all tensors must share a device"
+            )
+    else:
         _check_tensor("weight", weight, device)
     if weight.requires_grad:
         raise ValueError("weight requires grad, but is a constant here: detach it, or weigh the result of reduction='none'")
     _check_broadcast("weight", weight, to, shape)
 
 
-def _check_scalar(name: str, value: Any) -> Scalar:
-    """A run-time factor: a number, or a 0-d tensor that is read on its device and gets no gradient."""
+def _check_scalar(name: str, value: Any, device: torch.device) -> Scalar:
+    """A run-time factor: a number, or a 0-d tensor on the inputs' device or the CPU, which gets no gradient."""
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.is_complex():
             raise ValueError(f"{name} must be a number or a 0-d real tensor, got shape {_shape(value)} of {value.dtype}")
         if value.requires_grad:
             raise ValueError(f"{name} requires grad, but is a constant here: detach it, or combine the terms of elbo_terms")
-        return value
+        if value.device == device:
+            return value
+        if value.device.type == "cpu":
+            return value if torch.compiler.is_compiling() else float(value)
+        raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: it must be there or on the CPU")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     return value
@@ -95,7 +104,10 @@ def _check_clamp(clamp: Any) -> tuple[float, float] | None:
         return None
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
         raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
-    lo, hi = float(clamp[0]), float(clamp[1])
+    lo, hi = clamp
+    if any(isinstance(c, bool) or not isinstance(c, (int, float)) for c in (lo, hi)):
+        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
+    lo, hi = float(lo), float(hi)
     if not lo <= hi:
         raise ValueError(f"logvar_clamp must be (lo, hi) with lo <= hi, got ({lo}, {hi})")
     return lo, hi
@@ -109,24 +121,32 @@ def _check_prior(name: str, prior: Any, mu: Tensor) -> Tensor | None:
         return torch.full((), prior, dtype=reference.accumulate_dtype(mu), device=mu.device).expand(mu.shape)
     _check_tensor(name, prior, mu.device)
     _check_broadcast(name, prior, "mu", mu.shape)
+    if prior.shape != mu.shape and prior.dtype.itemsize < 4:
+        # Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision.
+        prior = prior.float()
     return prior.expand(mu.shape)
 
 
-def _check_variance(name: str, kind: str, var: Any, recon: Tensor) -> Tensor | float:
-    """A variance as a tensor that broadcasts to recon, or as a float log-variance."""
+def _check_variance(name: str, kind: str, var: Any, recon: Tensor) -> tuple[Tensor | float, str]:
+    """A variance and what it holds: a tensor that broadcasts to recon as it is, and a number as a log-variance."""
     if isinstance(var, Tensor):
         _check_tensor(name, var, recon.device)
         _check_broadcast(name, var, "recon", recon.shape)
-        return var
+        return var, kind
     if isinstance(var, bool) or not isinstance(var, (int, float)):
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(var).__name__}")
     if kind != "logvar" and not var > 0:
         raise ValueError(f"{name} must be positive, got {var}")
+    factor = 2 if kind == "std" else 1
     if torch.compiler.is_compiling() and isinstance(var, float):
-        # Added to a tensor a float stays symbolic; passed on, or as a fill value, every new one would be a new graph.
-        value = torch.zeros((), dtype=reference.accumulate_dtype(recon), device=recon.device) + var
-        return value if kind == "logvar" else torch.log(value) * (2 if kind == "std" else 1)
-    return float(var) if kind == "logvar" else math.log(var) * (2 if kind == "std" else 1)
+        value = _symbolic(var, recon)
+        return (value if kind == "logvar" else torch.log(value) * factor), "logvar"
+    return (float(var) if kind == "logvar" else math.log(var) * factor), "logvar"
+
+
+def _symbolic(value: float, like: Tensor) -> Tensor:
+    """A number in a traced function. Added to a tensor it stays symbolic; as anything else every new value is a new graph."""
+    return torch.zeros((), dtype=reference.accumulate_dtype(like), device=like.device) + value
 
 
 def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None, acc: torch.dtype) -> Scalar:
@@ -140,15 +160,19 @@ def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | 
     return 1.0 / count if count else math.nan
 
 
+def _check_samples(num_samples: Any) -> None:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+        raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
 def _noise(
     mu: Tensor, num_samples: int | None, eps: Any, seed: Any, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The noise as (eps, None) or as (None, seed), by the rule that the README tabulates."""
     if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples must be an int or None, got {type(num_samples).__name__}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        _check_samples(num_samples)
     given = [name for name, v in (("eps", eps), ("seed", seed), ("generator", generator)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"give at most one of eps, seed and generator, got {' and '.join(given)}")
@@ -177,9 +201,9 @@ def _latent(
     mu: Tensor, logvar: Tensor | None, prior_mu: Any, prior_logvar: Any, weight: Tensor | None, clamp: Any, reduction: str,
     batch_dims: int, noise: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None, num_samples: int | None,
     want_kl: bool, impl: str | None, packed: int | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """z (if `noise` is given) and the KL (if wanted). With `packed`, `mu` holds the moments and `logvar` is None."""
-    halves = (mu, logvar) if packed is None else mu.chunk(2, packed)
+    halves: tuple[Any, ...] = (mu, logvar) if packed is None else mu.chunk(2, packed)
     keep = _check_rows(reduction, batch_dims, halves[0].ndim)
     prior_mu = _check_prior("prior_mu", prior_mu, halves[0])
     prior_logvar = _check_prior("prior_logvar", prior_logvar, halves[0])
@@ -188,11 +212,11 @@ def _latent(
     eps, seed = (None, None) if noise is None else noise(halves[0])
     acc = reference.accumulate_dtype(*halves, prior_mu, prior_logvar)
     scale = _scale(reduction, batch_dims, halves[0].shape, weight, acc)
-    chosen = backend.choose(impl, mu.device)
+    chosen = backend.choose(impl, mu.device, not mu.numel())
     if chosen is None:
         normals = eps if seed is None else sample_noise(halves[0], seed, num_samples)
-        z = None if noise is None else reference.sample(*halves, normals, clamp)
-        kl = scale * reference.kl(*halves, prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
+        z = None if normals is None else reference.sample(halves[0], halves[1], normals, clamp)
+        kl = scale * reference.kl(halves[0], halves[1], prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
         return z, kl
     traced = torch.compiler.is_compiling()
     z, kl = Latent.apply(
@@ -323,7 +347,7 @@ def _nll(
 ) -> Tensor:  # fmt: skip
     keep = _check_rows(reduction, batch_dims, recon.ndim)
     scale = _scale(reduction, batch_dims, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
-    chosen = backend.choose(impl, recon.device)
+    chosen = backend.choose(impl, recon.device, not recon.numel())
     if chosen is None:
         return scale * reference.nll(recon, x, var, weight, kind, full, eps, keep)
     if torch.compiler.is_compiling():
@@ -370,8 +394,8 @@ def gaussian_nll(
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
         raise ValueError(f"give at most one of logvar, std and var, got {' and '.join(given)}")
-    kind, value = next(iter(given.items()), ("logvar", 0.0))
-    value = _check_variance(kind, kind, value, recon)
+    name, value = next(iter(given.items()), ("logvar", 0.0))
+    value, kind = _check_variance(name, name, value, recon)
     _check_weight(weight, "recon", recon.shape, recon.device)
     return _nll(recon, x, value, weight, kind, bool(full), -math.inf, reduction, batch_dims, impl)
 
@@ -420,18 +444,20 @@ def gaussian_nll_loss(
                 var = var.unsqueeze(-1)
             elif input.ndim != var.ndim or sum(n for m, n in zip(input.shape, var.shape, strict=True) if m != n) != 1:
                 raise ValueError("var is of incorrect size")
-        dtype = torch.promote_types(dtype, _promote(input, var))
+        dtype, kind = torch.promote_types(dtype, _promote(input, var)), "var"
+    elif torch.compiler.is_compiling():
+        var, kind = torch.log(torch.clamp(_symbolic(var, input), min=eps)), "logvar"
     else:
         # The float's clamp, and its logarithm in double precision.
         var = max(var, eps)
-        var = math.log(var) if var > 0 else -math.inf
+        var, kind = (math.log(var) if var > 0 else -math.inf), "logvar"
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not valid")
     if input.shape != target.shape:
         input, target = torch.broadcast_tensors(input, target)
     if not target.is_floating_point():
         target = target.to(dtype)
-    return _nll(input, target, var, None, "var", full, eps, reduction, input.ndim, None).to(dtype)
+    return _nll(input, target, var, None, kind, full, eps, reduction, input.ndim, None).to(dtype)
 
 
 def _check_elbo(
@@ -447,7 +473,7 @@ def _check_elbo(
         raise ValueError(
             f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
         )
-    var = _check_variance("recon_logvar", "logvar", 0.0 if recon_logvar is None else recon_logvar, recon)
+    var, _ = _check_variance("recon_logvar", "logvar", 0.0 if recon_logvar is None else recon_logvar, recon)
     _check_weight(weight, "recon", recon.shape, recon.device)
     return var, _check_prior("prior_mu", prior_mu, mu), _check_prior("prior_logvar", prior_logvar, mu)
 
@@ -480,7 +506,7 @@ def elbo_terms(
     clamp = _check_clamp(logvar_clamp)
     nll_scale = _scale(reduction, 1, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
     kl_scale = _scale(reduction, 1, mu.shape, None, torch.float32)
-    chosen = backend.choose(impl, recon.device)
+    chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     if chosen is None:
         nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", bool(full), 0.0, keep)
         return nll, kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
@@ -539,16 +565,20 @@ def elbo_loss(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     _check_tensor("recon", recon)
-    beta = _check_scalar("beta", beta)
-    # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms.
-    apart = reduction == "none" or torch.compiler.is_compiling()
-    chosen = None if apart else backend.choose(impl, recon.device)
+    beta = _check_scalar("beta", beta, recon.device)
+    # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms, as does the
+    # reference.
+    chosen = None
+    if reduction != "none" and not torch.compiler.is_compiling():
+        _check_tensor("mu", mu, recon.device)
+        empty = not (recon.numel() and mu.numel())
+        chosen = backend.choose(impl, recon.device, empty)
     if chosen is None:
         nll, kl = elbo_terms(
             recon, x, mu, logvar, recon_logvar=recon_logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, full=full,
             logvar_clamp=logvar_clamp, weight=weight, reduction=reduction, impl=impl,
         )  # fmt: skip
-        loss = nll + beta * kl
+        loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
     var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
     _check_rows(reduction, 1, 1)
@@ -599,7 +629,7 @@ def effective_beta(
     for name, size in (("elements", elements), ("latents", latents), ("variance", variance), ("batch_size", batch_size)):
         if size is not None and not size > 0:
             raise ValueError(f"{name} must be positive, got {size}")
-    batch = batch_size if mixed else 1
+    batch = batch_size or 1
     of_squares = {"sum": 1.0, "batchmean": 1.0 / batch, "mean": 1.0 / (batch * elements)}[recon_reduction]
     of_kl = {"sum": 1.0, "batchmean": 1.0 / batch, "mean": 1.0 / (batch * (latents or 1))}[kl_reduction]
     return kl_weight * of_kl / (2 * variance * of_squares)

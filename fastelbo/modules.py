@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .functional import _check_scalar, elbo_loss, gaussian_nll_loss, reparameterize
+from .functional import elbo_loss, gaussian_nll_loss, reparameterize
 
 
 class GaussianNLLLoss(nn.Module):
@@ -71,11 +71,14 @@ class ELBOLoss(nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        self.beta = _check_scalar("beta", beta)
-        self.full, self.logvar_clamp, self.reduction, self.return_terms, self.impl = full, logvar_clamp, reduction, return_terms, impl
+        if not isinstance(beta, (int, float, Tensor)):
+            raise TypeError(f"beta must be a number or a 0-d tensor, got {type(beta).__name__}")
+        self.beta = beta
+        self.full, self.logvar_clamp, self.reduction = full, logvar_clamp, reduction
+        self.return_terms, self.impl = return_terms, impl
         if learned:
-            start = 0.0 if recon_logvar is None else recon_logvar
-            self.recon_logvar = nn.Parameter(torch.as_tensor(start, dtype=torch.get_default_dtype()).detach().clone())
+            start = recon_logvar if isinstance(recon_logvar, Tensor) else torch.tensor(float(recon_logvar or 0.0))
+            self.recon_logvar = nn.Parameter(start.detach().clone())
         elif isinstance(recon_logvar, Tensor):
             self.register_buffer("recon_logvar", recon_logvar)
         else:

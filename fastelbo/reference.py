@@ -72,7 +72,9 @@ def _reduce(terms: Tensor, weight: Tensor | None, keep: int) -> Tensor:
     return terms.sum(dims) if dims else terms
 
 
-def nll(recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, kind: str, full: bool, eps: float, keep: int) -> Tensor:
+def nll(
+    recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, kind: str, full: bool, eps: float, keep: int
+) -> Tensor:
     """Sum of `-weight * log N(x; recon, var)` over all but the first `keep` dimensions.
 
     `kind` says what `var` holds: "logvar", "std" or "var". A "var" is raised to at least `eps`, and the gradient passes

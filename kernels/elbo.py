@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from fastelbo.reference import accumulate_dtype
 
 from . import gaussian_nll, reparameterize
 from .gaussian_nll import nll_tiles
@@ -39,49 +40,43 @@ def _launch(nll: Call, kl: Call, device: torch.device) -> None:
     launch(elbo_kernel, nll.programs + kl.programs, device, *nll.args, *kl.args)
 
 
-def elbo_forward(
-    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, needs
-):  # type: ignore[no-untyped-def]
-    nll = gaussian_nll.plan(
-        recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, None, nll_scale, needs[:3], True
-    )
+def elbo_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, needs):
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    nll = gaussian_nll.plan(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, None, nll_scale, needs[:3], True, acc)
     kl = reparameterize.plan(
         mu, logvar, prior_mu, prior_logvar, None, clamp, 0, kl_scale, None, kl_scale, None, None, None, None, needs[3:],
-        False, True, True, beta=beta,
+        False, True, True, acc, beta=beta,
     )  # fmt: skip
     _launch(nll, kl, recon.device)
-    acc = torch.promote_types(nll.acc, kl.acc)
     loss = torch.empty((), dtype=acc, device=recon.device)
     finish(acc, a=nll.terms, b=kl.terms, v=nll.var, loss=loss, beta=beta)
     return loss, nll.out, kl.out, (*nll.gradients(var), *kl.grads)
 
 
-def elbo_terms_forward(
-    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
-):  # type: ignore[no-untyped-def]
-    nll = gaussian_nll.plan(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, None, 1.0, (False,) * 3, True)
+def elbo_terms_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale):
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    nll = gaussian_nll.plan(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, None, 1.0, (False,) * 3, True, acc)
     kl = reparameterize.plan(
         mu, logvar, prior_mu, prior_logvar, None, clamp, keep, kl_scale, None, 1.0, None, None, None, None, (False,) * 4,
-        False, True, True,
+        False, True, True, acc,
     )  # fmt: skip
     _launch(nll, kl, recon.device)
-    finish(torch.promote_types(nll.acc, kl.acc), a=nll.terms, b=kl.terms)
+    finish(acc, a=nll.terms, b=kl.terms)
     return nll.out, kl.out
 
 
 def elbo_terms_backward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, nll_scale, kl_scale, grad_nll, grad_kl, needs
-):  # type: ignore[no-untyped-def]
+):
+    acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
     of_nll, of_kl = grad_nll is not None and any(needs[:3]), grad_kl is not None and any(needs[3:])
     nll = kl = None
     if of_nll:
-        nll = gaussian_nll.plan(
-            recon, x, var, weight, "logvar", False, 0.0, keep, 1.0, grad_nll, nll_scale, needs[:3], False
-        )
+        nll = gaussian_nll.plan(recon, x, var, weight, "logvar", False, 0.0, keep, 1.0, grad_nll, nll_scale, needs[:3], False, acc)
     if of_kl:
         kl = reparameterize.plan(
             mu, logvar, prior_mu, prior_logvar, None, clamp, keep, 1.0, grad_kl, kl_scale, None, None, None, None, needs[3:],
-            False, True, False,
+            False, True, False, acc,
         )  # fmt: skip
     if of_nll and of_kl:
         _launch(nll, kl, recon.device)
@@ -107,7 +102,7 @@ def scale_kernel(grads, counts, grad, BLOCK: tl.constexpr):
                 tl.store(at, (g.to(factor.dtype) * factor).to(g.dtype), live)
 
 
-def scale_gradients(grads, grad):  # type: ignore[no-untyped-def]
+def scale_gradients(grads, grad):
     """Multiply gradients that nobody has seen yet by the upstream scalar, in place and without reading it on the host."""
     buffers = tuple(g for g in grads if g is not None)
     programs = min(PROGRAMS, max(1, -(-max(g.numel() for g in buffers) // TILE)))

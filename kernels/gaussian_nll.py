@@ -133,14 +133,15 @@ def nll_kernel(programs, rows, r1, r2, tensors, strides, cols, scalars, C: tl.co
 
 def plan(
     recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, kind: str, full: bool, eps: float, keep: int,
-    scale: float | Tensor, up: Tensor | None, gain: float | Tensor, needs: tuple[bool, ...], want_terms: bool, dense: bool = False,
+    scale: float | Tensor, up: Tensor | None, gain: float | Tensor, needs: tuple[bool, ...], want_terms: bool, acc: torch.dtype,
+    dense: bool = False,
 ) -> Call:  # fmt: skip
     """Plan a launch. `scale` is the terms' factor; `up` an upstream gradient of shape[:keep]; `gain` a factor of all gradients.
 
     Tensors are read and written as they lie. Where they have no common view, or a variance broadcasts in a pattern that no sink
     below sums, the plan is made again with `dense` copies of what is not contiguous and an elementwise gradient of the variance.
     """
-    shape, device, acc = recon.shape, recon.device, accumulate_dtype(recon, x, var)
+    shape, device = recon.shape, recon.device
     lead = None if up is None else up.reshape(up.shape + (1,) * (len(shape) - up.ndim))
     inputs = [t.expand(shape) if isinstance(t, Tensor) else None for t in (recon, x, var, weight, lead)]
     if dense:
@@ -169,7 +170,7 @@ def plan(
         else:
             f = None
     if f is None:
-        return plan(recon, x, var, weight, kind, full, eps, keep, scale, up, gain, needs, want_terms, dense=True)
+        return plan(recon, x, var, weight, kind, full, eps, keep, scale, up, gain, needs, want_terms, acc, dense=True)
 
     programs = min(f.tiles, PROGRAMS)
     if sink == COLS:
@@ -195,6 +196,7 @@ def plan(
     if f.rows >= 2**31 or f.tiles >= 2**31:
         raise ValueError(f"a tensor of shape {tuple(shape)} has too many rows or tiles for one launch")
     fixed = None if isinstance(var, Tensor) else var
+    factor = 1.0 if fixed is None else inverse_variance(fixed)
     constant = (0.5 * LOG_2PI if full else 0.0) + (0.0 if fixed is None else 0.5 * fixed)
     return Call(
         programs=programs,
@@ -202,9 +204,7 @@ def plan(
         tensors=(*inputs, d_recon, d_x, d_var if sink is EACH else None, each, var_parts, parts),
         strides=f.strides,
         cols=f.cols,
-        scalars=(
-            scalar(gain, acc), scalar(1.0 if fixed is None else inverse_variance(fixed), acc), scalar(constant, acc), scalar(eps, acc)
-        ),
+        scalars=(scalar(gain, acc), scalar(factor, acc), scalar(constant, acc), scalar(eps, acc)),
         constants=(
             f.col_strides, FIXED.value if fixed is not None else KINDS[kind], term_sink.value, sink.value, f.dims,
             f.bm, f.bn, TYPES[acc],
@@ -225,13 +225,13 @@ def _run(call: Call, device: torch.device) -> None:
     finish(call.acc, a=call.terms, v=call.var)
 
 
-def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale):  # type: ignore[no-untyped-def]
-    call = plan(recon, x, var, weight, kind, full, eps, keep, scale, None, 1.0, (False,) * 3, True)
+def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale):
+    call = plan(recon, x, var, weight, kind, full, eps, keep, scale, None, 1.0, (False,) * 3, True, accumulate_dtype(recon, x, var))
     _run(call, recon.device)
     return call.out
 
 
-def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs):  # type: ignore[no-untyped-def]
-    call = plan(recon, x, var, weight, kind, False, eps, keep, 1.0, grad, scale, needs, False)
+def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs):
+    call = plan(recon, x, var, weight, kind, False, eps, keep, 1.0, grad, scale, needs, False, accumulate_dtype(recon, x, var))
     _run(call, recon.device)
     return call.gradients(var)

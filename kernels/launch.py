@@ -70,9 +70,7 @@ def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordere
 
 
 @lru_cache(maxsize=4096)
-def _fold(
-    shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool, tile: int
-) -> Fold | None:
+def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool, tile: int) -> Fold | None:
     given = [s for s in strides if s is not None]
     # Kept rows must stay apart from the elements that they sum; where everything or nothing is summed there is one group.
     split = keep if 0 < keep < len(shape) else 0
@@ -158,7 +156,7 @@ def start(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
 def options(backend: str, capability: int) -> dict[str, Any]:
     """Compiler options for a target ("cuda" or "hip", and 10 times the compute capability)."""
     if backend == "hip":
-        # Each mask of an element takes two scalar registers there: with twice the threads, and no aim at high occupancy, they suffice.
+        # Each mask of an element takes two scalar registers there: with twice the threads, and no aim at occupancy, they suffice.
         return {"num_warps": 2 * WARPS, "enable_fp_fusion": True, "waves_per_eu": 2}
     if capability >= 100:
         # Left alone, its assembler spills around the loop of a kernel that uses 48 registers. Naming any bound stops that.
@@ -195,7 +193,7 @@ def read(value, ACC: tl.constexpr):
     value = core.to_tensor(value)  # the interpreter passes Python numbers as they are
     if value.dtype.is_ptr():
         return tl.load(value).to(ACC)
-    elif ACC == tl.float64:
+    elif ACC == tl.float64:  # noqa: SIM300
         return value.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return value.to(ACC)
@@ -224,7 +222,20 @@ def tile_of(pointer, rows, first, BN: tl.constexpr, r1, r2, strides, DIMS: tl.co
 
 
 @triton.jit
-def load(pointer, rows, row_live, first, live, BN: tl.constexpr, r1, r2, strides, COL: tl.constexpr, DIMS: tl.constexpr, ACC: tl.constexpr):
+def load(
+    pointer,
+    rows,
+    row_live,
+    first,
+    live,
+    BN: tl.constexpr,
+    r1,
+    r2,
+    strides,
+    COL: tl.constexpr,
+    DIMS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """A tile, or one value a row (BM, 1) of an operand whose column stride, COL, is 0. What is not live reads as 0."""
     if COL:
         return tl.load(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), live, other=0).to(ACC)
@@ -234,8 +245,16 @@ def load(pointer, rows, row_live, first, live, BN: tl.constexpr, r1, r2, strides
 
 
 @triton.jit
+def narrow(value, pointer):
+    """The value in the dtype of what the pointer points to; there is no conversion from float64 to bfloat16 but by float32."""
+    if value.dtype == tl.float64 and pointer.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def store(pointer, value, rows, first, live, BN: tl.constexpr, r1, r2, strides, DIMS: tl.constexpr):
-    tl.store(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), value.to(pointer.dtype.element_ty), live)
+    tl.store(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), narrow(value, pointer), live)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TYPES, Fold, launch, read, scalar
+from .launch import TYPES, Fold, launch, narrow, read, scalar
 
 # Where a tile's values go: nowhere; into one partial sum a program; one a row and chunk of columns; one a column and group of rows;
 # or each to its own element.
@@ -83,7 +83,7 @@ def finish_kernel(
             sums, at, live = _segment(
                 pid - a_programs - b_programs, v, v_out, v_size[0], v_size[1], v_size[2], v_size[3], V_BK, REDUCE // V_BK
             )
-            tl.store(at, (sums * read(v_scale, ACC).to(tl.float64)).to(v_out.dtype.element_ty), live)
+            tl.store(at, narrow((sums * read(v_scale, ACC).to(tl.float64)).to(ACC), v_out), live)
 
 
 def finish(
@@ -94,7 +94,7 @@ def finish(
     loss: Tensor | None = None,
     beta: float | Tensor = 1.0,
 ) -> None:
-    """Add partials up, all in one launch: the terms `a` and `b` into tensors of dtype acc, a variance's gradient `v` into its own."""
+    """Add partials up in one launch: the terms `a` and `b` into tensors of dtype acc, a variance's gradient `v` into its own."""
     args: list[object] = []
     blocks, programs = [], 0
     for s in (a, b, v):

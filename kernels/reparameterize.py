@@ -29,9 +29,8 @@ NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
 @triton.jit
 def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, scalars, C: tl.constexpr):
     """The tiles pid, pid + programs, ... of one call; the samples of an element are drawn by the program that owns it."""
-    (
-        mu, logvar, prior_mu, prior_logvar, weight, up, d_mu, d_logvar, d_prior_mu, d_prior_logvar, terms, eps, grad_z, z, parts, seed
-    ) = tensors  # fmt: skip
+    mu, logvar, prior_mu, prior_logvar, weight, up, d_mu, d_logvar, d_prior_mu, d_prior_logvar, terms = tensors[:11]
+    eps, grad_z, z, parts, seed = tensors[11:]
     COL: tl.constexpr = C[0]
     NOISE: tl.constexpr = C[1]
     KL: tl.constexpr = C[2]
@@ -100,7 +99,7 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
         if NOISE != NO_NOISE:
             sigma = exp(0.5 * lv)
             through = tl.zeros((BM, BN), ACC)
-            for sample in range(0, samples):
+            for sample in range(samples):
                 step = core.to_tensor(sample).to(tl.int64)
                 if NOISE == GIVEN:
                     e = load(eps + step * eps_step, r, in_rows, first, live, BN, r1, r2, strides[11], COL[11], DIMS, ACC)
@@ -141,14 +140,15 @@ def plan(
     mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None,
     clamp: tuple[float, float] | None, keep: int, scale: float | Tensor, up: Tensor | None, gain: float | Tensor,
     eps: Tensor | None, seed: Tensor | None, samples: int | None, grad_z: Tensor | None, needs: tuple[bool, ...],
-    want_z: bool, want_kl: bool, want_terms: bool, out: tuple[Tensor, Tensor] | None = None, beta: float | Tensor = 1.0, dense: bool = False,
+    want_z: bool, want_kl: bool, want_terms: bool, acc: torch.dtype, out: tuple[Tensor, Tensor] | None = None,
+    beta: float | Tensor = 1.0, dense: bool = False,
 ) -> Call:  # fmt: skip
     """Plan a launch. `scale` is the KL's factor; `up` the KL's upstream gradient of shape[:keep], `gain` and `beta` factors of it.
 
     Tensors are read and written as they lie, or from `dense` copies where they have no common view. Noise from a seed is numbered
     by the logical order of the elements, so it needs a view that keeps it: mu and logvar in channels_last are copied there.
     """
-    shape, device, acc = mu.shape, mu.device, accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
+    shape, device = mu.shape, mu.device
     lead = None if up is None else up.reshape(up.shape + (1,) * (len(shape) - up.ndim))
     inputs = [t.expand(shape) if t is not None else None for t in (mu, logvar, prior_mu, prior_logvar, weight, lead)]
     if dense:
@@ -170,7 +170,7 @@ def plan(
     if f is None:
         return plan(
             mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, gain, eps, seed, samples, grad_z, needs, want_z,
-            want_kl, want_terms, out, beta, dense=True,
+            want_kl, want_terms, acc, out, beta, dense=True,
         )  # fmt: skip
 
     count = math.prod(shape)
@@ -205,13 +205,11 @@ def _run(call: Call, device: torch.device) -> None:
     finish(call.acc, a=call.terms)
 
 
-def latent_forward(
-    mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl
-):  # type: ignore[no-untyped-def]
+def latent_forward(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl):
     want_z = eps is not None or seed is not None
     call = plan(
         mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, 1.0, eps, seed, samples, None, (False,) * 4, want_z,
-        want_kl, want_kl,
+        want_kl, want_kl, accumulate_dtype(mu, logvar, prior_mu, prior_logvar),
     )  # fmt: skip
     _run(call, mu.device)
     return call.z, call.out
@@ -219,7 +217,8 @@ def latent_forward(
 
 def latent_backward(
     mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl, needs, out=None
-):  # type: ignore[no-untyped-def]
+):
+    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     if grad_z is None:
         eps = seed = samples = None
     if grad_kl is None:
@@ -227,7 +226,7 @@ def latent_backward(
         needs = (*needs[:2], False, False)
     call = plan(
         mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, 1.0, grad_kl, scale, eps, seed, samples, grad_z, needs, False,
-        grad_kl is not None, False, out,
+        grad_kl is not None, False, acc, out,
     )  # fmt: skip
     _run(call, mu.device)
     if out is not None:

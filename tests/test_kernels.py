@@ -143,7 +143,6 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     recon[0, -1] = 3.0
     recon[0, -4000] = 1.0
     sums: list[float] = []
-    start = launch.start
 
     def ends_only(kernel, programs, args):
         if kernel is nll_kernel:
