@@ -20,6 +20,7 @@ and under torch.compile (where Inductor fuses the expressions itself), a pass is
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,8 +47,6 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
     run of memory; anything strided or broadcast otherwise keeps its shape and is split along its first dimension.
     """
     count = math.prod(shape)
-    if torch.compiler.is_compiling() or count <= BLOCK or tensors[0].device.type != "cpu":
-        return shape, keep, [()]
     rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
     per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
     if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
@@ -77,14 +76,14 @@ def _run(
     buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none; its shares are summed
     to its own shape here.
     """
-    view, kept, indices = _plan(shape, keep, (*inputs, *constants, *buffers))
-    dims = tuple(range(kept, len(view)))
-    if len(indices) == 1:
+    if torch.compiler.is_compiling() or inputs[0].numel() <= BLOCK or inputs[0].device.type != "cpu":
         terms, grads = block(*inputs, *constants, buffers)
-        if terms is not None and dims:
-            terms = terms.sum(dims) if kept else terms.sum()
+        if terms is not None and keep < len(shape):
+            terms = terms.sum(tuple(range(keep, len(shape)))) if keep else terms.sum()
         return terms, tuple([_like(g, t) if w else None for g, t, w in zip(grads, inputs, needs, strict=True)])
 
+    view, kept, indices = _plan(shape, keep, (*inputs, *constants, *buffers))
+    dims = tuple(range(kept, len(view)))
     dense = len(indices[0]) == 2
 
     def see(t: Tensor | None) -> Tensor | None:
@@ -144,16 +143,39 @@ def _like(grad: Tensor, t: Tensor) -> Tensor:
     return grad if grad.dtype == t.dtype else grad.to(t.dtype)
 
 
+_held = threading.local()
+
+
+def _scratch(like: Tensor) -> Tensor | None:
+    """A block's worth of memory that this thread keeps, shaped like a temporary; None where a fresh tensor is as good.
+
+    Between two calls the allocator may return a temporary's pages, and faulting them in again takes longer than filling them.
+    """
+    n = like.numel()
+    if not BLOCK // 2 <= n <= BLOCK or torch.compiler.is_compiling():
+        return None
+    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu" or not like.is_contiguous():
+        return None
+    held = getattr(_held, "by_dtype", None)
+    if held is None:
+        held = _held.by_dtype = {}
+    buffer = held.get(like.dtype)
+    if buffer is None or buffer.numel() < n:
+        with torch.inference_mode(False):
+            buffer = held[like.dtype] = torch.empty(BLOCK, dtype=like.dtype)
+    return buffer[:n].view(like.shape)
+
+
 def _factor(value: Factor, acc: torch.dtype) -> Tensor:
     """A factor as a 0-d tensor, which costs an operation half of what a Python number does; on the CPU it serves every device."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=acc)
 
 
 def _mul(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    """a * b, straight into its final buffer in one pass where the dtype allows."""
+    """a * b, straight into its final buffer in one pass where the dtype allows. Without a buffer, a, a temporary, becomes it."""
     if out is None:
-        return a * b
-    return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a * b)
+        return a.mul_(b)
+    return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a.mul_(b))
 
 
 def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Tensor:
@@ -184,36 +206,44 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
     # so extreme that there is no such shift, terms are finished one by one.
     shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
     need_recon, need_x, need_var = needs
+    # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
+    summed = keep < recon.ndim
     rate = half_up = None
     if need_recon or need_x:
         rate = (up if isinstance(up, Tensor) else _factor(up, acc)) if not fixed else _factor(up * (2 * factor), acc)
+    half = None
     if need_var:
         half_up = _factor(up if kind == "std" else up * 0.5, acc)
+        if kind == "logvar" and weight is None and not isinstance(up, Tensor):
+            half = 0.5 * up  # (1 - square) * half in one operation
 
     def block(recon, x, var, weight, rate, half_up, outs):
         # The gradients' own buffers hold what leads to them: a page that is not touched is time that is not spent.
-        of_recon, of_var = (o if o is not None and o.dtype == acc else None for o in (outs[0], outs[2]))
+        of_recon = outs[0] if outs[0] is not None and outs[0].dtype == acc else None
+        of_var = outs[2] if outs[2] is not None and outs[2].dtype == acc else None
+        if recon.dtype != acc or x.dtype != acc:
+            recon, x = recon.to(acc), x.to(acc)
         if fixed:
-            ratio = torch.sub(recon.to(acc), x.to(acc), out=of_recon)
-            core = ratio * ratio if want_terms else None
+            ratio = torch.sub(recon, x, out=of_recon)
+            core = torch.mul(ratio, ratio, out=_scratch(ratio) if summed else None) if want_terms else None
             level = None
         elif kind == "logvar":
             lv = var.to(acc)
-            d = torch.sub(recon.to(acc), x.to(acc), out=of_var)
-            precision = torch.neg(lv).exp_()
+            d = torch.sub(recon, x, out=of_var)
+            precision = torch.neg(lv, out=_scratch(lv)).exp_()
             ratio = torch.mul(d, precision, out=of_recon)
             square = torch.mul(d, ratio, out=of_var)
             core, level = square, lv
         elif kind == "std":
             std = var.to(acc)
-            r = (recon.to(acc) - x.to(acc)) / std
+            r = (recon - x) / std
             ratio, square = r / std, r * r
             core, level = square, 2 * torch.log(std) if want_terms else None
         else:
             # Raised to eps, but a negative variance is an error, and NaN shows it where no check can.
             raw = var.to(acc)
             variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
-            d = recon.to(acc) - x.to(acc)
+            d = recon - x
             ratio = d / variance
             square = d * ratio
             core, level = square, torch.log(variance) if want_terms else None
@@ -224,10 +254,11 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
         elif level is not None and level.shape != core.shape:
             core = core + (level + shift)
         else:
-            core = core if level is None else core + level
+            core = core if level is None else torch.add(core, level, out=_scratch(core) if summed else None)
             core = core.add_(shift) if shift else core
         g_recon = g_x = g_var = slope = None
-        if need_var:
+        at_once = need_var and half is not None
+        if need_var and not at_once:
             slope = square.neg_().add_(1.0)
             if kind != "logvar":
                 slope /= std if kind == "std" else variance
@@ -235,11 +266,14 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
             absent = ~weight if weight.dtype == torch.bool else weight == 0
             core = None if core is None else _weigh(core, weight, absent)
             ratio, slope = _weigh(ratio, weight, absent), _weigh(slope, weight, absent)
-        if need_var:
+        if at_once:
+            g_var = torch.sub(half_up, square, alpha=half, out=square)
+            g_var = g_var if outs[2] is None or g_var is outs[2] else outs[2].copy_(g_var)
+        elif need_var:
             g_var = _mul(slope, half_up, outs[2])
         if need_x:
             # Not from recon's gradient, which may have been rounded to recon's dtype.
-            g_x = _mul(ratio, -rate, outs[1])
+            g_x = _mul(ratio.clone() if need_recon and outs[1] is None else ratio, -rate, outs[1])
         if need_recon:
             g_recon = _mul(ratio, rate, outs[0])
         return core, [g_recon, g_x, g_var]
@@ -296,7 +330,9 @@ def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
     if v.dtype == torch.float32 and v.device.type == "cpu":
         wide = v.double()
         expm1, square = torch.expm1(wide), wide * wide
-        rest = torch.where(square < 1e-14, square * _factor(0.5, torch.float64), expm1 - wide)
+        rest = expm1 - wide
+        if torch.compiler.is_compiling() or (v.numel() and float(square.min()) < 1e-14):
+            rest = torch.where(square < 1e-14, 0.5 * square, rest)
         return expm1.float(), rest.float()
     expm1 = torch.expm1(v)
     *coefficients, last = _REST[v.dtype]

@@ -582,11 +582,10 @@ def elbo_loss(
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
     var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
     _check_rows(reduction, 1, 1)
-    loss, nll, kl = ELBO.apply(
-        recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, bool(full), _check_clamp(logvar_clamp),
-        _scale(reduction, 1, recon.shape, weight, reference.accumulate_dtype(recon, x, var)),
-        _scale(reduction, 1, mu.shape, None, torch.float32), beta, torch.is_grad_enabled(), chosen,
-    )  # fmt: skip
+    nll_scale = _scale(reduction, 1, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
+    kl_scale = _scale(reduction, 1, mu.shape, None, torch.float32)
+    options = bool(full), _check_clamp(logvar_clamp), nll_scale, kl_scale, beta, torch.is_grad_enabled(), chosen
+    loss, nll, kl = ELBO.apply(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, options)
     return (loss, nll, kl) if return_terms else loss
 
 
