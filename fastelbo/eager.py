@@ -273,7 +273,9 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
             g_var = _mul(slope, half_up, outs[2])
         if need_x:
             # Not from recon's gradient, which may have been rounded to recon's dtype.
-            g_x = _mul(ratio.clone() if need_recon and outs[1] is None else ratio, -rate, outs[1])
+            g_x = ratio * -rate
+            if outs[1] is not None:
+                g_x = outs[1].copy_(g_x)
         if need_recon:
             g_recon = _mul(ratio, rate, outs[0])
         return core, [g_recon, g_x, g_var]

@@ -44,7 +44,7 @@ def keys(call):
 
 def elbo(batch, beta=1.0, d=784, j=16, **options):
     r, x, m, l = torch.zeros(batch, d, requires_grad=True), torch.zeros(batch, d), torch.zeros(batch, j), torch.zeros(batch, j)
-    fastelbo.elbo_loss(r, x, m.requires_grad_(), l.requires_grad_(), beta=beta, **options).backward()
+    fastelbo.elbo_loss(r, x, m.requires_grad_(), l.requires_grad_(), beta=beta, **options).sum().backward()
 
 def sample(batch, seed):
     m, l = torch.zeros(batch, 16, requires_grad=True), torch.zeros(batch, 16, requires_grad=True)
