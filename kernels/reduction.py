@@ -47,9 +47,14 @@ def _segment(pid, parts, out, outer, kept, inner, step, BK: tl.constexpr, BR: tl
     return tl.sum(total, 0), out + k.to(tl.int64) * step, k < kept
 
 
-@triton.jit(do_not_specialize=["a_size", "b_size", "v_size", "a_scale", "b_scale", "v_scale", "beta"])
+@triton.jit(
+    do_not_specialize=[
+        "a_outer", "a_kept", "a_inner", "a_step", "b_outer", "b_kept", "b_inner", "b_step", "v_outer", "v_kept", "v_inner", "v_step"
+    ]
+)  # fmt: skip
 def finish_kernel(
-    a, a_out, a_size, a_scale, b, b_out, b_size, b_scale, v, v_out, v_size, v_scale, loss, beta,
+    a, a_out, a_outer, a_kept, a_inner, a_step, a_scale, b, b_out, b_outer, b_kept, b_inner, b_step, b_scale,
+    v, v_out, v_outer, v_kept, v_inner, v_step, v_scale, loss, beta,
     A_BK: tl.constexpr, B_BK: tl.constexpr, V_BK: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Up to three families of segments; with `loss`, a and b are totals and the first program also stores a + beta * b."""
@@ -57,32 +62,29 @@ def finish_kernel(
     a_programs = 0
     b_programs = 0
     if a is not None:
-        a_programs = tl.cdiv(a_size[1], A_BK)
+        a_programs = tl.cdiv(a_kept, A_BK)
     if b is not None:
         if loss is None:
-            b_programs = tl.cdiv(b_size[1], B_BK)
+            b_programs = tl.cdiv(b_kept, B_BK)
     if a is not None:
         if pid < a_programs:
-            sums, at, live = _segment(pid, a, a_out, a_size[0], a_size[1], a_size[2], a_size[3], A_BK, REDUCE // A_BK)
+            sums, at, live = _segment(pid, a, a_out, a_outer, a_kept, a_inner, a_step, A_BK, REDUCE // A_BK)
             first = (sums * read(a_scale, ACC).to(tl.float64)).to(ACC)
             tl.store(at, first, live)
             if loss is not None:
-                sums, at, live = _segment(0, b, b_out, b_size[0], b_size[1], b_size[2], b_size[3], B_BK, REDUCE // B_BK)
+                sums, at, live = _segment(0, b, b_out, b_outer, b_kept, b_inner, b_step, B_BK, REDUCE // B_BK)
                 second = (sums * read(b_scale, ACC).to(tl.float64)).to(ACC)
                 tl.store(at, second, live)
                 tl.store(loss + tl.arange(0, A_BK), first + read(beta, ACC) * second)
     if b is not None:
         if loss is None:
             if (pid >= a_programs) & (pid < a_programs + b_programs):
-                sums, at, live = _segment(
-                    pid - a_programs, b, b_out, b_size[0], b_size[1], b_size[2], b_size[3], B_BK, REDUCE // B_BK
-                )
+                sums, at, live = _segment(pid - a_programs, b, b_out, b_outer, b_kept, b_inner, b_step, B_BK, REDUCE // B_BK)
                 tl.store(at, (sums * read(b_scale, ACC).to(tl.float64)).to(ACC), live)
     if v is not None:
         if pid >= a_programs + b_programs:
-            sums, at, live = _segment(
-                pid - a_programs - b_programs, v, v_out, v_size[0], v_size[1], v_size[2], v_size[3], V_BK, REDUCE // V_BK
-            )
+            rank = pid - a_programs - b_programs
+            sums, at, live = _segment(rank, v, v_out, v_outer, v_kept, v_inner, v_step, V_BK, REDUCE // V_BK)
             tl.store(at, narrow((sums * read(v_scale, ACC).to(tl.float64)).to(ACC), v_out), live)
 
 
@@ -101,9 +103,9 @@ def finish(
         block = 1 if s is None or s.kept == 1 else 16
         blocks.append(block)
         if s is None:
-            args += [None, None, (0, 0, 0, 0), 0.0]
+            args += [None, None, 0, 0, 0, 0, 0.0]
         else:
-            args += [s.parts, s.out, (s.outer, s.kept, s.inner, s.step), scalar(s.scale, acc)]
+            args += [s.parts, s.out, s.outer, s.kept, s.inner, s.step, scalar(s.scale, acc)]
             if not (s is b and loss is not None):
                 programs += -(-s.kept // block)
     if not programs:

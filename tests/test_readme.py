@@ -18,7 +18,7 @@ def blocks() -> list[tuple[int, str]]:
     return [(TEXT[: m.start(1)].count("\n"), m.group(1)) for m in found]
 
 
-def test_blocks_run(inductor: None) -> None:
+def test_blocks_run() -> None:
     namespace: dict[str, Any] = {"__name__": "readme"}
     for line, source in blocks():
         # Padded, so that a traceback names the README's own line.
