@@ -50,6 +50,17 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
     rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
     per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
     if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
+        threads = torch.get_num_threads()
+        if rows == 1 and count % threads == 0:
+            # A block is then a piece of what each thread has of the whole tensor, not a whole that they share out again: each core
+            # meets the memory that it wrote in the operation before, and its neighbour's caches stay out of it.
+            cols = count // threads
+            wide = max(1, BLOCK // threads)
+            return (
+                torch.Size((threads, cols)),
+                0 if keep == 0 else 2,
+                [(slice(None), slice(c, c + wide)) for c in range(0, cols, wide)],
+            )
         cols = count // rows
         tall, wide = max(1, BLOCK // cols), min(cols, BLOCK)
         index: list[tuple[slice, ...]] = [
@@ -87,7 +98,11 @@ def _run(
     dense = len(indices[0]) == 2
 
     def see(t: Tensor | None) -> Tensor | None:
-        return t if t is None or t.ndim == 0 else t.view(view[0], -1) if dense else t.expand(view)
+        if t is None or t.ndim == 0:
+            return t
+        if dense:
+            return t.view(1, 1) if t.numel() == 1 else t.view(view[0], -1)
+        return t.expand(view)
 
     def cut(t: Tensor | None, index: tuple[slice, ...]) -> Tensor | None:
         if t is None or t.ndim == 0:
@@ -154,7 +169,7 @@ def _scratch(like: Tensor) -> Tensor | None:
     n = like.numel()
     if not BLOCK // 2 <= n <= BLOCK or torch.compiler.is_compiling():
         return None
-    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu" or not like.is_contiguous():
+    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu":
         return None
     held = getattr(_held, "by_dtype", None)
     if held is None:
