@@ -209,13 +209,13 @@ def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
         for name, batch, elements, latents in SIZES[: 3 if quick or device.type == "cpu" else 4]:
             for learned in (False, True):
                 eager = eager_learned if learned else eager_fixed
-                peers: dict[str, Loss] = {"eager": eager, "compiled eager": torch.compile(eager), "fastelbo": fused}
+                peers: dict[str, Loss] = {"eager": eager, "compiled eager": torch.compile(eager, dynamic=False), "fastelbo": fused}
                 bytes_moved = dtype.itemsize * batch * (elements * (5 if learned else 3) + latents * 4)
                 args = (device, dtype, batch, elements, latents, learned)
                 title = f"elbo_loss, {name}, {'learned' if learned else 'fixed'}"
                 cases.append((title, dtype, peers, lambda a=args: make(*a), bytes_moved))
         latents = 1 << (22 if device.type == "cuda" else 18)
-        peers = {"eager": eager_sample, "compiled eager": torch.compile(eager_sample), "fastelbo": fused_sample}
+        peers = {"eager": eager_sample, "compiled eager": torch.compile(eager_sample, dynamic=False), "fastelbo": fused_sample}
 
         def moments(dtype: torch.dtype = dtype, latents: int = latents) -> list[Tensor]:
             return [(0.3 * torch.randn(16, latents // 16, device=device)).to(dtype).requires_grad_() for _ in range(2)]
@@ -223,6 +223,7 @@ def speeds(device: torch.device, quick: bool) -> dict[str, Any]:
         # The sum of z in the loss, read in forward and expanded in backward, is charged to every peer alike.
         cases.append(("reparameterize_kl", dtype, peers, moments, dtype.itemsize * latents * 8))
     for title, dtype, peers, inputs, bytes_moved in track(cases, description="speed"):
+        torch._dynamo.reset()  # each case compiles its peer for its own shapes
         first = inputs()
         l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         size = sum(t.numel() * t.element_size() for t in first)

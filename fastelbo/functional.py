@@ -629,6 +629,6 @@ def effective_beta(
         if size is not None and not size > 0:
             raise ValueError(f"{name} must be positive, got {size}")
     batch = batch_size or 1
-    of_squares = {"sum": 1.0, "batchmean": 1.0 / batch, "mean": 1.0 / (batch * elements)}[recon_reduction]
-    of_kl = {"sum": 1.0, "batchmean": 1.0 / batch, "mean": 1.0 / (batch * (latents or 1))}[kl_reduction]
-    return kl_weight * of_kl / (2 * variance * of_squares)
+    squares_over = {"sum": 1, "batchmean": batch, "mean": batch * elements}[recon_reduction]
+    kl_over = {"sum": 1, "batchmean": batch, "mean": batch * (latents or 1)}[kl_reduction]
+    return kl_weight * squares_over / (2 * variance * kl_over)

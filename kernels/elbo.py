@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+import triton.language.core as core
 
 from fastelbo.reference import accumulate_dtype
 
@@ -21,18 +22,40 @@ from .reparameterize import latent_tiles
 
 
 @triton.jit(
-    do_not_specialize=["nll_programs", "nll_rows", "nll_r1", "nll_r2", "kl_programs", "kl_rows", "kl_r1", "kl_r2", "kl_samples"]
+    do_not_specialize=[
+        "nll_programs",
+        "nll_rows",
+        "nll_r1",
+        "nll_r2",
+        "kl_programs",
+        "kl_rows",
+        "kl_r1",
+        "kl_r2",
+        "kl_samples",
+        "kl_count",
+    ]
 )
 def elbo_kernel(
     nll_programs, nll_rows, nll_r1, nll_r2, nll_tensors, nll_strides, nll_cols, nll_scalars, NLL: tl.constexpr,
-    kl_programs, kl_rows, kl_r1, kl_r2, kl_samples, kl_tensors, kl_strides, kl_cols, kl_scalars, KL: tl.constexpr,
+    kl_programs, kl_rows, kl_r1, kl_r2, kl_samples, kl_count, kl_tensors, kl_strides, kl_cols, kl_scalars, KL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < nll_programs:
         nll_tiles(pid, nll_programs, nll_rows, nll_r1, nll_r2, nll_tensors, nll_strides, nll_cols, nll_scalars, NLL)
     else:
         latent_tiles(
-            pid - nll_programs, kl_programs, kl_rows, kl_r1, kl_r2, kl_samples, kl_tensors, kl_strides, kl_cols, kl_scalars, KL
+            pid - nll_programs,
+            kl_programs,
+            kl_rows,
+            kl_r1,
+            kl_r2,
+            kl_samples,
+            kl_count,
+            kl_tensors,
+            kl_strides,
+            kl_cols,
+            kl_scalars,
+            KL,
         )
 
 
@@ -89,21 +112,42 @@ def elbo_terms_backward(
     return (*(nll.gradients(var) if of_nll else (None,) * 3), *(kl.grads if of_kl else (None,) * 4))
 
 
-@triton.jit(do_not_specialize=["counts"])
-def scale_kernel(grads, counts, grad, BLOCK: tl.constexpr):
-    """Multiply up to seven dense buffers by a scalar, unless it is 1."""
+@triton.jit
+def _scale(grad, count, factor, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    whole = count // BLOCK
+    for block in range(tl.program_id(0), whole, tl.num_programs(0)):
+        here = grad + core.to_tensor(block).to(tl.int64) * BLOCK + at
+        tl.store(here, (tl.load(here).to(factor.dtype) * factor).to(grad.dtype.element_ty))
+    if tl.program_id(0) == whole % tl.num_programs(0):
+        here = grad + core.to_tensor(whole).to(tl.int64) * BLOCK + at
+        live = at < count - whole * BLOCK
+        tl.store(here, (tl.load(here, live, other=0.0).to(factor.dtype) * factor).to(grad.dtype.element_ty), live)
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "n6"])
+def scale_kernel(g0, g1, g2, g3, g4, g5, g6, n0, n1, n2, n3, n4, n5, n6, grad, BLOCK: tl.constexpr):
+    """Multiply dense buffers by a scalar, unless it is 1."""
     factor = tl.load(grad)
     if factor != 1.0:
-        for i in tl.static_range(len(grads)):
-            for start in range(tl.program_id(0) * BLOCK, counts[i], tl.num_programs(0) * BLOCK):
-                at = grads[i] + start + tl.arange(0, BLOCK)
-                live = tl.arange(0, BLOCK) < counts[i] - start
-                g = tl.load(at, live, other=0.0)
-                tl.store(at, (g.to(factor.dtype) * factor).to(g.dtype), live)
+        if g0 is not None:
+            _scale(g0, n0, factor, BLOCK)
+        if g1 is not None:
+            _scale(g1, n1, factor, BLOCK)
+        if g2 is not None:
+            _scale(g2, n2, factor, BLOCK)
+        if g3 is not None:
+            _scale(g3, n3, factor, BLOCK)
+        if g4 is not None:
+            _scale(g4, n4, factor, BLOCK)
+        if g5 is not None:
+            _scale(g5, n5, factor, BLOCK)
+        if g6 is not None:
+            _scale(g6, n6, factor, BLOCK)
 
 
 def scale_gradients(grads, grad):
     """Multiply gradients that nobody has seen yet by the upstream scalar, in place and without reading it on the host."""
-    buffers = tuple(g for g in grads if g is not None)
-    programs = min(PROGRAMS, max(1, -(-max(g.numel() for g in buffers) // TILE)))
-    launch(scale_kernel, programs, grad.device, buffers, tuple(g.numel() for g in buffers), grad, TILE)
+    counts = [0 if g is None else g.numel() for g in grads]
+    programs = min(PROGRAMS, max(1, -(-max(counts) // TILE)))
+    launch(scale_kernel, programs, grad.device, *grads, *counts, grad, TILE)

@@ -23,8 +23,10 @@ from .reduction import COLS, EACH, NOTHING, ROWS, TOTAL, Segments, finish, sums
 FIXED, LOGVAR, STD, VAR = (tl.constexpr(i) for i in range(4))
 KINDS = {"logvar": 1, "std": 2, "var": 3}
 
-# Groups of rows whose sums over columns are partial: the gradient of a per-dimension variance.
+# Groups of rows whose sums over columns are partial, in the gradient of a per-dimension variance: few, since each writes a row of
+# partial sums, but enough for as many programs as fill a chip.
 GROUPS = 64
+GROUP_PROGRAMS = 1024
 
 
 @triton.jit
@@ -66,8 +68,8 @@ def nll_tiles(pid, programs, rows, r1, r2, tensors, strides, cols, scalars, C: t
     constant = read(scalars[2], ACC)
     eps = read(scalars[3], ACC)
     cols = core.to_tensor(cols)
-    chunks = tl.cdiv(cols, BN)
-    tiles = tl.cdiv(rows, BM) * chunks
+    chunks = (cols - 1) // BN + 1  # tl.cdiv overflows just below 2**31
+    tiles = ((rows - 1) // BM + 1) * chunks
     sum_terms = tl.zeros((BM, BN), ACC)
     sum_var = tl.zeros((BM, BN), ACC)
     for tile in range(pid, tiles, programs):
@@ -148,7 +150,7 @@ def plan(
         inputs = [t if t is None or not any(t.stride()) else t.contiguous() for t in inputs]
     summed_var = needs[2] and var.shape != shape
     d_recon, d_x = (torch.empty_like(t) if need else None for t, need in zip(inputs[:2], needs[:2], strict=True))
-    each = torch.empty_like(inputs[0], dtype=acc) if want_terms and keep == len(shape) else None
+    each = torch.empty_like(inputs[0], dtype=acc) if want_terms and 0 < keep == len(shape) else None
     d_var = shares = None
     if summed_var and dense and any(inputs[2].stride()):
         d_var = shares = torch.empty(shape, dtype=acc, device=device)
@@ -174,7 +176,7 @@ def plan(
 
     programs = min(f.tiles, PROGRAMS)
     if sink == COLS:
-        groups = max(1, min(GROUPS, PROGRAMS // f.chunks, f.tiles // f.chunks))
+        groups = max(1, min(max(GROUPS, GROUP_PROGRAMS // f.chunks), PROGRAMS // f.chunks, f.tiles // f.chunks))
         programs = groups * f.chunks
         var_parts = torch.empty(groups, f.cols, dtype=acc, device=device)
         var_segments = Segments(var_parts, d_var, groups, f.cols, 1)
@@ -193,8 +195,6 @@ def plan(
     if want_terms and each is None:
         term_sink, parts, term_segments, out = sums(f, shape[:keep], scale, programs, acc, device)
 
-    if f.rows >= 2**31 or f.tiles >= 2**31:
-        raise ValueError(f"a tensor of shape {tuple(shape)} has too many rows or tiles for one launch")
     fixed = None if isinstance(var, Tensor) else var
     factor = 1.0 if fixed is None else inverse_variance(fixed)
     constant = (0.5 * LOG_2PI if full else 0.0) + (0.0 if fixed is None else 0.5 * fixed)
@@ -204,7 +204,7 @@ def plan(
         tensors=(*inputs, d_recon, d_x, d_var if sink is EACH else None, each, var_parts, parts),
         strides=f.strides,
         cols=f.cols,
-        scalars=(scalar(gain, acc), scalar(factor, acc), scalar(constant, acc), scalar(eps, acc)),
+        scalars=tuple(scalar(value, acc, device) for value in (gain, factor, constant, eps)),
         constants=(
             f.col_strides, FIXED.value if fixed is not None else KINDS[kind], term_sink.value, sink.value, f.dims,
             f.bm, f.bn, TYPES[acc],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -66,6 +65,8 @@ def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordere
 
     `ordered` keeps the logical order of the elements, which noise is numbered by; otherwise they are walked in memory order.
     """
+    if math.prod(shape) >= 2**31 * tile // 2:
+        raise ValueError(f"a tensor of shape {tuple(shape)} has more tiles than one launch can number")
     return _fold(tuple(shape), keep, tuple(None if t is None else t.stride() for t in operands), ordered, tile)
 
 
@@ -93,6 +94,10 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
         return None
     sizes = [size for size, _ in rows]
     count = math.prod(sizes)
+    if count > 2**31 - 2 * tile:
+        raise ValueError(
+            f"a tensor of shape {shape} lies in {count} separate rows, more than one launch can number; make it contiguous"
+        )
     bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols))
     each = iter([tuple(steps[i] for _, steps in rows) for i in range(len(given))])
     cols_each = iter(col_steps)
@@ -119,7 +124,7 @@ class Call(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     strides: tuple[tuple[int, ...], ...]
     cols: int
-    scalars: tuple[float | int | Tensor, ...]
+    scalars: tuple[float | Tensor, ...]
     constants: tuple[Any, ...]
     acc: torch.dtype
     terms: Any = None  # the Segments of the terms' sums
@@ -174,11 +179,11 @@ def _current_options() -> dict[str, Any]:
     return {} if INTERPRETED else _options_of(torch.cuda.current_device())
 
 
-def scalar(value: float | Tensor, acc: torch.dtype) -> float | int | Tensor:
-    """A run-time factor as a kernel argument. Triton passes a float as float32, so a float64's bits travel as an integer."""
+def scalar(value: float | Tensor, acc: torch.dtype, device: torch.device) -> float | Tensor:
+    """A run-time factor as a kernel argument. Triton passes a float as float32, so a float64 goes by memory."""
     if isinstance(value, Tensor):
         return value
-    return struct.unpack("q", struct.pack("d", value))[0] if acc == torch.float64 else float(value)
+    return torch.full((), value, dtype=acc, device=device) if acc == torch.float64 else float(value)
 
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -189,12 +194,10 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 @triton.jit
 def read(value, ACC: tl.constexpr):
-    """A factor that came as a pointer, as a float32, or as the bits of a float64."""
+    """A factor that came as a pointer or as a float32."""
     value = core.to_tensor(value)  # the interpreter passes Python numbers as they are
     if value.dtype.is_ptr():
         return tl.load(value).to(ACC)
-    elif ACC == tl.float64:  # noqa: SIM300
-        return value.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return value.to(ACC)
 

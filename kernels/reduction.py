@@ -100,18 +100,19 @@ def finish(
     args: list[object] = []
     blocks, programs = [], 0
     for s in (a, b, v):
-        block = 1 if s is None or s.kept == 1 else 16
+        # Few long segments are read along themselves; many short ones side by side.
+        block = 1 if s is None or s.kept == 1 or s.inner >= 64 else 16
         blocks.append(block)
         if s is None:
             args += [None, None, 0, 0, 0, 0, 0.0]
         else:
-            args += [s.parts, s.out, s.outer, s.kept, s.inner, s.step, scalar(s.scale, acc)]
+            args += [s.parts, s.out, s.outer, s.kept, s.inner, s.step, scalar(s.scale, acc, s.parts.device)]
             if not (s is b and loss is not None):
                 programs += -(-s.kept // block)
     if not programs:
         return
     device = next(s for s in (a, b, v) if s is not None).parts.device
-    launch(finish_kernel, programs, device, *args, loss, scalar(beta, acc), *blocks, _REDUCE, TYPES[acc])
+    launch(finish_kernel, programs, device, *args, loss, scalar(beta, acc, device), *blocks, _REDUCE, TYPES[acc])
 
 
 def sums(

@@ -27,7 +27,7 @@ NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, scalars, C: tl.constexpr):
+def latent_tiles(pid, programs, rows, r1, r2, samples, count, tensors, strides, cols, scalars, C: tl.constexpr):
     """The tiles pid, pid + programs, ... of one call; the samples of an element are drawn by the program that owns it."""
     mu, logvar, prior_mu, prior_logvar, weight, up, d_mu, d_logvar, d_prior_mu, d_prior_logvar, terms = tensors[:11]
     eps, grad_z, z, parts, seed = tensors[11:]
@@ -43,12 +43,11 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
     gain = read(scalars[0], ACC) * read(scalars[3], ACC)
     lo = read(scalars[1], ACC)
     hi = read(scalars[2], ACC)
-    # The strides from sample to sample of eps, grad_z and z, and the elements of a sample.
+    # The strides from sample to sample; `count` is the elements of one.
     eps_step, grad_z_step, z_step = strides[14]
-    count = strides[15][0]
     cols = core.to_tensor(cols)
-    chunks = tl.cdiv(cols, BN)
-    tiles = tl.cdiv(rows, BM) * chunks
+    chunks = (cols - 1) // BN + 1  # tl.cdiv overflows just below 2**31
+    tiles = ((rows - 1) // BM + 1) * chunks
     sum_terms = tl.zeros((BM, BN), ACC)
     for tile in range(pid, tiles, programs):
         r = (tile // chunks) * BM + tl.arange(0, BM)
@@ -128,9 +127,9 @@ def latent_tiles(pid, programs, rows, r1, r2, samples, tensors, strides, cols, s
         tl.store(parts + pid, tl.sum(sum_terms))
 
 
-@triton.jit(do_not_specialize=["programs", "rows", "r1", "r2", "samples"])
-def latent_kernel(programs, rows, r1, r2, samples, tensors, strides, cols, scalars, C: tl.constexpr):
-    latent_tiles(tl.program_id(0), programs, rows, r1, r2, samples, tensors, strides, cols, scalars, C)
+@triton.jit(do_not_specialize=["programs", "rows", "r1", "r2", "samples", "count"])
+def latent_kernel(programs, rows, r1, r2, samples, count, tensors, strides, cols, scalars, C: tl.constexpr):
+    latent_tiles(tl.program_id(0), programs, rows, r1, r2, samples, count, tensors, strides, cols, scalars, C)
 
 
 # ---- the host side ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def plan(
     grads = [torch.empty_like(t) if need else None for t, need in zip(inputs[:4], needs, strict=True)]
     if out is not None and not dense:
         grads[:2] = out
-    each = torch.empty_like(inputs[0], dtype=acc) if want_terms and keep == len(shape) else None
+    each = torch.empty_like(inputs[0], dtype=acc) if want_terms and 0 < keep == len(shape) else None
     z = None
     if want_z:
         plain = seed is not None or samples is not None
@@ -188,11 +187,11 @@ def plan(
     lo, hi = (0.0, 0.0) if clamp is None else clamp
     return Call(
         programs=programs,
-        sizes=(f.rows, f.r1, f.r2, 1 if samples is None else samples),
+        sizes=(f.rows, f.r1, f.r2, 1 if samples is None else samples, count),
         tensors=(*inputs, *grads, each, eps, grad_z, z, parts, seed),
-        strides=(*f.strides, apart, (count,)),
+        strides=(*f.strides, apart),
         cols=f.cols,
-        scalars=(scalar(gain, acc), scalar(lo, acc), scalar(hi, acc), scalar(beta, acc)),
+        scalars=tuple(scalar(value, acc, device) for value in (gain, lo, hi, beta)),
         constants=(
             f.col_strides, noise.value, want_kl, term_sink.value, clamp is not None, f.dims, f.bm, f.bn, TYPES[acc],
         ),

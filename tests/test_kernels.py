@@ -184,3 +184,32 @@ def test_every_masked_load_states_what_it_reads_elsewhere(path: Path) -> None:
             names = {k.arg for k in node.keywords}
             masked = len(node.args) > 1 or "mask" in names
             assert not masked or "other" in names or len(node.args) > 2, f"{path.name}:{node.lineno}"
+
+
+def test_scale_of_one_element(device: torch.device) -> None:
+    """Nothing is summed and nothing kept: the reduction's factor must not get lost between the two."""
+    recon, x, weight = (torch.tensor(v, device=device) for v in (2.0, 0.0, 3.0))
+    nll = fastelbo.gaussian_nll(recon, x, weight=weight, reduction="mean", batch_dims=0, full=False, impl="triton")
+    assert float(nll) == 2.0
+    kl = fastelbo.gaussian_kl(recon, x, weight=weight, reduction="mean", batch_dims=0, impl="triton")
+    assert float(kl) == 2.0
+
+
+def test_scaled_gradients_reach_every_element(device: torch.device) -> None:
+    """Whole blocks and a rest, several programs, and an upstream gradient that is not 1."""
+    inputs = _inputs(device, batch=3, d=2 * launch.TILE + 5, j=2)
+    plain = torch.autograd.grad(fastelbo.elbo_loss(*inputs, impl="triton"), [inputs[0], *inputs[2:]])
+    scaled = torch.autograd.grad(2.0 * fastelbo.elbo_loss(*inputs, impl="triton"), [inputs[0], *inputs[2:]])
+    assert all(torch.equal(2 * a, b) for a, b in zip(plain, scaled, strict=True))
+
+
+def test_many_rows_of_a_shared_variance(device: torch.device) -> None:
+    """More groups of rows than one, for the gradient of a per-dimension variance, and long segments for a per-channel one."""
+    recon, x = torch.randn(300, 130, device=device), torch.randn(300, 130, device=device)
+    for shape in ((130,), (300, 1)):
+        logvar = torch.zeros(shape, device=device, requires_grad=True)
+        nll = fastelbo.gaussian_nll(recon, x, logvar=logvar, reduction="sum", impl="triton")
+        (grad,) = torch.autograd.grad(nll, logvar)
+        square = (recon.double() - x.double()) ** 2
+        want = (0.5 * (1 - square)).sum_to_size(shape if len(shape) == 2 else (1, *shape)).view(shape)
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-4)
