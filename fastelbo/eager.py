@@ -58,7 +58,7 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
             wide = max(1, BLOCK // threads)
             return (
                 torch.Size((threads, cols)),
-                0 if keep == 0 else 2,
+                0 if keep < len(shape) else 2,
                 [(slice(None), slice(c, c + wide)) for c in range(0, cols, wide)],
             )
         cols = count // rows
@@ -139,7 +139,7 @@ def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
 def _join(sums: list[Tensor], indices: list, view: torch.Size, kept: int, shape: torch.Size, acc: torch.dtype) -> Tensor:
     """Put the blocks' sums together, in float64 where blocks share an output: it costs nothing at this size."""
     if kept == 0:
-        return torch.stack(sums).sum(dtype=torch.float64).to(acc)
+        return torch.stack(sums).sum(dtype=torch.float64).to(acc).view(shape)
     if kept == len(view):
         out = torch.empty(view, dtype=acc, device=sums[0].device)
         for index, part in zip(indices, sums, strict=True):
