@@ -50,17 +50,6 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
     rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
     per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
     if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
-        threads = torch.get_num_threads()
-        if rows == 1 and count % threads == 0:
-            # A block is then a piece of what each thread has of the whole tensor, not a whole that they share out again: each core
-            # meets the memory that it wrote in the operation before, and its neighbour's caches stay out of it.
-            cols = count // threads
-            wide = max(1, BLOCK // threads)
-            return (
-                torch.Size((threads, cols)),
-                0 if keep < len(shape) else 2,
-                [(slice(None), slice(c, c + wide)) for c in range(0, cols, wide)],
-            )
         cols = count // rows
         tall, wide = max(1, BLOCK // cols), min(cols, BLOCK)
         index: list[tuple[slice, ...]] = [

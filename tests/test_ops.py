@@ -169,11 +169,9 @@ def test_variance_patterns(backend: Backend, pattern: str, form: str) -> None:
 # Each of them: dense, dense with a value per row, strided, broadcast, elementwise, and blocks that end in the middle.
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", [TORCH])
-def test_in_blocks(backend: Backend, threads: int, layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_blocks(backend: Backend, layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "BLOCK", block)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rng = random.Random(block + len(layout))
     size, view = LAYOUTS[layout]
     rank = view(torch.empty(size)).ndim
