@@ -157,7 +157,8 @@ class ELBOTerms(Function):
 class ELBO(Function):
     """loss = nll_scale * sum nll + beta * kl_scale * sum kl, with its gradients written in the pass that reads the inputs.
 
-    `options` holds (full, clamp, nll_scale, kl_scale, beta, track, backend): each argument of `apply` costs host time.
+    `options` holds (full, clamp, nll_scale, kl_scale, beta, terms, track, backend): each argument of `apply` costs host time, as
+    does each output, so the two terms come with the loss only where they are asked for.
     """
 
     @staticmethod
@@ -166,7 +167,7 @@ class ELBO(Function):
         prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None, options: tuple[Any, ...],
     ) -> Any:  # fmt: skip
         _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
-        full, clamp, nll_scale, kl_scale, beta, track, backend = ctx.options = options
+        full, clamp, nll_scale, kl_scale, beta, terms, track, backend = ctx.options = options
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:7]
         inputs = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
@@ -177,6 +178,8 @@ class ELBO(Function):
         now = needs if ready else (False,) * 7
         loss, nll, kl, grads = backend.elbo_forward(*inputs, weight, full, clamp, nll_scale, kl_scale, beta, now)
         ctx.ready = grads if ready else None
+        if not terms:
+            return loss
         ctx.mark_non_differentiable(nll, kl)
         return loss, nll, kl
 
@@ -185,7 +188,7 @@ class ELBO(Function):
         ready, ctx.ready = ctx.ready, None
         if grad is None:
             return (None,) * 9
-        full, clamp, nll_scale, kl_scale, beta, _track, backend = ctx.options
+        full, clamp, nll_scale, kl_scale, beta, _terms, _track, backend = ctx.options
         if ready is not None and not _is_differentiated():
             backend.scale_gradients(ready, grad)
             return *ready, None, None

@@ -19,9 +19,11 @@ devices, and under torch.compile (where Inductor fuses the expressions itself), 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +31,27 @@ from torch import Tensor
 from .noise import sample_noise
 from .reference import LOG_2PI, accumulate_dtype
 
-# A quarter of a million float32 elements: enough to amortise starting the threads, few enough for a handful of temporaries to
-# stay in the outer caches (64 K to 512 K measured: smaller blocks lose to thread start-up, larger ones gain little).
-BLOCK = 1 << 18
+# Bytes of one temporary: enough to amortise starting the threads, few enough for a handful of them to stay in the outer caches. In
+# float32, blocks of 64 K elements took 1.35 times as long as these of 512 K, larger ones as long.
+BLOCK = 1 << 21
+
+# Squares are summed in runs of this many, and the runs in float64: one float32 sum over millions would lose digits.
+RUN = 256
+
+_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 Factor = float | Tensor
+Sums = float | Tensor
 Grads = tuple[Tensor | None, ...]
 
 
 # ---- walking the inputs in blocks ------------------------------------------------------------------------------------------------
 
 
-def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tuple[torch.Size, int, list[tuple[slice, ...]]]:
-    """The shape to see the terms in, how many of its dimensions the sum keeps, and the blocks' indices into it.
+def _plan(
+    shape: torch.Size, keep: int, size: int, tensors: Sequence[Tensor | None]
+) -> tuple[torch.Size, int, list[tuple[slice, ...]]]:
+    """The shape to see the terms in, how many of its dimensions the sum keeps, and where the blocks of `size` elements lie in it.
 
     Dense tensors, with or without one value per row, are seen as (rows of the result, elements of a row), so that a block is any
     run of memory; anything strided or broadcast otherwise keeps its shape and is split along its first dimension.
@@ -51,38 +61,37 @@ def _plan(shape: torch.Size, keep: int, tensors: Sequence[Tensor | None]) -> tup
     per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
     if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
         cols = count // rows
-        tall, wide = max(1, BLOCK // cols), min(cols, BLOCK)
+        tall, wide = max(1, size // cols), min(cols, size)
         index: list[tuple[slice, ...]] = [
             (slice(r, r + tall), slice(c, c + wide)) for r in range(0, rows, tall) for c in range(0, cols, wide)
         ]
         return torch.Size((rows, cols)), {0: 0, len(shape): 2}.get(keep, 1), index
-    tall = max(1, BLOCK * shape[0] // count)
+    tall = max(1, size * shape[0] // count)
     return shape, keep, [(slice(r, r + tall),) for r in range(0, shape[0], tall)]
 
 
 def _run(
-    block: Callable[..., tuple[Tensor | None, list[Tensor | None]]],
+    block: Callable[..., tuple[Sums | None, list[Tensor | None]]],
     inputs: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     needs: Sequence[bool],
     shape: torch.Size,
     keep: int,
-    acc: torch.dtype,
+    dtype: torch.dtype,
     buffers: Sequence[Tensor | None],
-) -> tuple[Tensor | None, Grads]:
-    """Run `block(*inputs, *constants, outs)` over the blocks; put the sums of its terms and the gradients of its inputs together.
+) -> tuple[Sums | None, Grads]:
+    """Run `block(*inputs, *constants, outs, dims)` over blocks of BLOCK bytes of `dtype`, and put the results together.
 
-    A block returns its terms (or None) and, for each input that `needs` names, the gradient of the block's shape: written to the
-    buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none; its shares are summed
-    to its own shape here.
+    A block returns its terms summed over `dims` (or None) and, for each input that `needs` names, the gradient of the block's
+    shape: written to the buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none;
+    its shares are summed to its own shape here.
     """
-    if torch.compiler.is_compiling() or inputs[0].numel() <= BLOCK or inputs[0].device.type != "cpu":
-        terms, grads = block(*inputs, *constants, buffers)
-        if terms is not None and keep < len(shape):
-            terms = terms.sum(tuple(range(keep, len(shape)))) if keep else terms.sum()
-        return terms, tuple([_like(g, t) if w else None for g, t, w in zip(grads, inputs, needs, strict=True)])
+    size = BLOCK // dtype.itemsize
+    if inputs[0].numel() <= size or not inputs[0].is_cpu or torch.compiler.is_compiling():
+        total, shares = block(*inputs, *constants, buffers, tuple(range(keep, len(shape))))
+        return total, tuple([_like(g, t) if w else None for g, t, w in zip(shares, inputs, needs, strict=True)])
 
-    view, kept, indices = _plan(shape, keep, (*inputs, *constants, *buffers))
+    view, kept, indices = _plan(shape, keep, size, (*inputs, *constants, *buffers))
     dims = tuple(range(kept, len(view)))
     dense = len(indices[0]) == 2
 
@@ -105,18 +114,17 @@ def _run(
         for t, f, w, b in zip(inputs, full, needs, buffers, strict=True)
     ]
     outs = [see(g) if f else None for g, f in zip(grads, full, strict=True)]
-    sums: list[Tensor] = []
+    sums: list[Sums] = []
     for index in indices:
-        at = [cut(t, index) for t in seen]
-        terms, shares = block(*at, [cut(o, index) for o in outs])
-        if terms is not None:
-            sums.append(terms.sum(dims) if dims else terms)
-        for total, share, f, w in zip(grads, shares, full, needs, strict=True):
+        part, shares = block(*[cut(t, index) for t in seen], [cut(o, index) for o in outs], dims)
+        if part is not None:
+            sums.append(part)
+        for grad, share, f, w in zip(grads, shares, full, needs, strict=True):
             if w and not f:
-                here = total[index[0]] if total.ndim and total.shape[0] != 1 else total
+                here = grad[index[0]] if grad.ndim and grad.shape[0] != 1 else grad
                 here += share.sum_to_size(here.shape)
     grads = [g if f else g.to(t.dtype).view(t.shape) if w else None for g, t, f, w in zip(grads, inputs, full, needs, strict=True)]
-    return _join(sums, indices, view, kept, shape[:keep], acc) if sums else None, tuple(grads)
+    return _join(sums, indices, view, kept, shape[:keep]) if sums else None, tuple(grads)
 
 
 def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
@@ -125,19 +133,56 @@ def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
     return torch.zeros(padded, dtype=torch.float64, device=t.device)
 
 
-def _join(sums: list[Tensor], indices: list, view: torch.Size, kept: int, shape: torch.Size, acc: torch.dtype) -> Tensor:
+def _join(sums: list[Any], indices: list, view: torch.Size, kept: int, shape: torch.Size) -> Sums:
     """Put the blocks' sums together, in float64 where blocks share an output: it costs nothing at this size."""
     if kept == 0:
-        return torch.stack(sums).sum(dtype=torch.float64).to(acc).view(shape)
+        return sum(sums)
     if kept == len(view):
-        out = torch.empty(view, dtype=acc, device=sums[0].device)
+        out = torch.empty(view, dtype=sums[0].dtype)
         for index, part in zip(indices, sums, strict=True):
             out[index] = part
     else:
-        out = torch.zeros(view[:kept], dtype=torch.float64, device=sums[0].device)
+        out = torch.zeros(view[:kept], dtype=torch.float64)
         for index, part in zip(indices, sums, strict=True):
             out[index[:kept]] += part
-    return out.to(acc).view(shape)
+    return out.view(shape)
+
+
+def _sum(terms: Tensor, dims: tuple[int, ...]) -> Sums:
+    """The sum over the last dimensions `dims`. A total is a number where reading it is free: operations on 0-d tensors are not."""
+    if not dims:
+        return terms
+    if len(dims) < terms.ndim or not _readable(terms):
+        return terms.sum(dims)
+    return float(terms.sum())
+
+
+def _sum_squares(t: Tensor, dims: tuple[int, ...]) -> Sums:
+    """As `_sum`, of t^2, reading t once and writing nothing where t is dense."""
+    if not dims or not t.is_contiguous() or not _readable(t):
+        return _sum(t * t, dims)
+    if len(dims) == t.ndim:
+        if t.numel() <= 16 * RUN:
+            norm = float(torch.linalg.vector_norm(t))
+            return norm * norm
+        flat, over = t.view(-1), t.numel() % RUN
+        norms = torch.linalg.vector_norm((flat[:-over] if over else flat).view(-1, RUN), dim=1).double()
+        return float(torch.dot(norms, norms)) + (_sum_squares(flat[-over:], (0,)) if over else 0.0)
+    rows = t.flatten(dims[0])
+    whole = rows.shape[-1] // RUN * RUN
+    norms = torch.linalg.vector_norm(rows[..., :whole].unflatten(-1, (-1, RUN)), dim=-1).double()
+    rest = rows[..., whole:].double()
+    return (norms * norms).sum(-1) + (rest * rest).sum(-1)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether a value can be read at no cost: not from a device, and not while tracing."""
+    return t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in float32 or float64, without a call where there is nothing to do."""
+    return t if t.dtype == dtype else t.float() if dtype == torch.float32 else t.double()
 
 
 def _like(grad: Tensor, t: Tensor) -> Tensor:
@@ -150,143 +195,160 @@ def _like(grad: Tensor, t: Tensor) -> Tensor:
 _held = threading.local()
 
 
-def _scratch(like: Tensor) -> Tensor | None:
+def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     """A block's worth of memory that this thread keeps, shaped like a temporary; None where a fresh tensor is as good.
 
     Between two calls the allocator may return a temporary's pages, and faulting them in again takes longer than filling them.
     """
-    n = like.numel()
-    if not BLOCK // 2 <= n <= BLOCK or torch.compiler.is_compiling():
+    size = like.numel() * dtype.itemsize
+    if not BLOCK // 16 <= size <= BLOCK or not _readable(like):
         return None
-    if type(like) not in (Tensor, torch.nn.Parameter) or like.device.type != "cpu":
-        return None
-    held = getattr(_held, "by_dtype", None)
+    held = getattr(_held, "slots", None)
     if held is None:
-        held = _held.by_dtype = {}
-    buffer = held.get(like.dtype)
-    if buffer is None or buffer.numel() < n:
+        held = _held.slots = {}
+    buffer = held.get(slot)
+    if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):
-            buffer = held[like.dtype] = torch.empty(BLOCK, dtype=like.dtype)
-    return buffer[:n].view(like.shape)
+            buffer = held[slot] = torch.empty(BLOCK, dtype=torch.uint8)
+    return buffer[:size].view(dtype).view(like.shape)
 
 
-def _factor(value: Factor, acc: torch.dtype) -> Tensor:
-    """A factor as a 0-d tensor, which costs an operation half of what a Python number does; on the CPU it serves every device."""
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=acc)
-
-
-def _mul(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+def _mul(a: Tensor, b: Factor, out: Tensor | None) -> Tensor:
     """a * b, straight into its final buffer in one pass where the dtype allows. Without a buffer, a, a temporary, becomes it."""
-    if out is None:
+    if out is None or out is a:
         return a.mul_(b)
     return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a.mul_(b))
 
 
-def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Tensor:
-    """The upstream gradient times the scale, of a shape that broadcasts against the terms."""
+def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Factor:
+    """The upstream gradient times the scale: of a shape that broadcasts against the terms, or a number where reading it is free."""
+    if keep == 0 and _readable(grad):
+        return float(grad) * float(scale)
     up = grad.to(acc)
     if isinstance(scale, Tensor) or scale != 1.0:
         up = up * scale
     return up.reshape(up.shape + (1,) * (len(shape) - keep)) if keep else up
 
 
-def _weigh(values: Tensor | None, weight: Tensor, absent: Tensor) -> Tensor | None:
-    if values is None:
-        return None
+def _tensor(value: Sums, acc: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return _as(value, acc)
+    if abs(value) > _MAX[acc]:
+        value = math.copysign(math.inf, value)  # as arithmetic in acc would, where torch.full raises
+    return torch.full((), value, dtype=acc)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return _tensor(value, dtype)
+
+
+def _factor(value: Factor, like: Tensor) -> Factor:
+    """A factor for `like` as a kept 0-d tensor, which costs an operation half of what a Python number does."""
+    return _constant(value, like.dtype) if isinstance(value, float) and _readable(like) else value
+
+
+def _number(value: Factor) -> Factor:
+    """A factor as a number, where reading it is free."""
+    return float(value) if isinstance(value, Tensor) and _readable(value) else value
+
+
+def _weigh(values: Tensor, weight: Tensor | None, absent: Tensor | None) -> Tensor:
+    if weight is None:
+        return values
     return (values if weight.dtype == torch.bool else values * weight.to(values.dtype)).masked_fill(absent, 0.0)
 
 
 # ---- Gaussian negative log-likelihood --------------------------------------------------------------------------------------------
 
 
-def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
+def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
     fixed = not isinstance(var, Tensor)
     factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
-    # terms = factor * (core + shift), and the factor is left to the sums. The shift is not: where the parts of the likelihood
-    # cancel, sums without it would be far larger than the result, and so would their rounding errors. With weights, or a variance
-    # so extreme that there is no such shift, terms are finished one by one.
+    # terms = factor * (core + shift), and the factor is left to the sums. So is the shift where it adds to squares only: where the
+    # parts of the likelihood cancel, sums without it would be far larger than the result, and so would their rounding errors. With
+    # weights, or a variance so extreme that there is no such shift, terms are finished one by one.
     shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
     need_recon, need_x, need_var = needs
-    # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
-    summed = keep < recon.ndim
-    rate = half_up = None
-    if need_recon or need_x:
-        rate = (up if isinstance(up, Tensor) else _factor(up, acc)) if not fixed else _factor(up * (2 * factor), acc)
-    half = None
-    if need_var:
-        half_up = _factor(up if kind == "std" else up * 0.5, acc)
-        if kind == "logvar" and weight is None and not isinstance(up, Tensor):
-            half = 0.5 * up  # (1 - square) * half in one operation
 
-    def block(recon, x, var, weight, rate, half_up, outs):
+    def block(recon, x, var, weight, factors, outs, dims):
         # The gradients' own buffers hold what leads to them: a page that is not touched is time that is not spent.
         of_recon = outs[0] if outs[0] is not None and outs[0].dtype == acc else None
         of_var = outs[2] if outs[2] is not None and outs[2].dtype == acc else None
-        if recon.dtype != acc or x.dtype != acc:
-            recon, x = recon.to(acc), x.to(acc)
+        recon, x = _as(recon, acc), _as(x, acc)
+        rate = up if factors is None else factors
+
+        # The residual d, ratio = d / variance, and level, the log-variance.
+        level = None
         if fixed:
-            ratio = torch.sub(recon, x, out=of_recon)
-            core = torch.mul(ratio, ratio, out=_scratch(ratio) if summed else None) if want_terms else None
-            level = None
-        elif kind == "logvar":
-            lv = var.to(acc)
-            d = torch.sub(recon, x, out=of_var)
-            precision = torch.neg(lv, out=_scratch(lv)).exp_()
-            ratio = torch.mul(d, precision, out=of_recon)
-            square = torch.mul(d, ratio, out=of_var)
-            core, level = square, lv
-        elif kind == "std":
-            std = var.to(acc)
-            r = (recon - x) / std
-            ratio, square = r / std, r * r
-            core, level = square, 2 * torch.log(std) if want_terms else None
+            d = ratio = torch.sub(recon, x, out=of_recon if need_recon else _scratch(recon, acc, 1))
+            rate = None if rate is None else rate * (2 * factor)
         else:
-            # Raised to eps, but a negative variance is an error, and NaN shows it where no check can.
-            raw = var.to(acc)
-            variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
-            d = recon - x
-            ratio = d / variance
-            square = d * ratio
-            core, level = square, torch.log(variance) if want_terms else None
-        if not want_terms:
-            core = None
-        elif shift is None:
-            core = (core if level is None else core + level) * factor + constant
-        elif level is not None and level.shape != core.shape:
-            core = core + (level + shift)
-        else:
-            core = core if level is None else torch.add(core, level, out=_scratch(core) if summed else None)
-            core = core.add_(shift) if shift else core
-        g_recon = g_x = g_var = slope = None
-        at_once = need_var and half is not None
-        if need_var and not at_once:
-            slope = square.neg_().add_(1.0)
-            if kind != "logvar":
-                slope /= std if kind == "std" else variance
-        if weight is not None:
-            absent = ~weight if weight.dtype == torch.bool else weight == 0
-            core = None if core is None else _weigh(core, weight, absent)
-            ratio, slope = _weigh(ratio, weight, absent), _weigh(slope, weight, absent)
-        if at_once:
-            g_var = torch.sub(half_up, square, alpha=half, out=square)
-            g_var = g_var if outs[2] is None or g_var is outs[2] else outs[2].copy_(g_var)
-        elif need_var:
-            g_var = _mul(slope, half_up, outs[2])
+            d = torch.sub(recon, x, out=of_var if need_var else _scratch(recon, acc, 0))
+            if kind == "logvar":
+                level = _as(var, acc)
+                if level.shape == d.shape:
+                    ratio = torch.exp(level, out=of_recon if need_recon else _scratch(recon, acc, 1))
+                    ratio = torch.div(d, ratio, out=ratio)
+                else:
+                    ratio = torch.div(d, torch.exp(level), out=of_recon)
+            elif kind == "std":
+                std = _as(var, acc)
+                ratio, level = d / std / std, 2 * torch.log(std) if want_terms else None
+            else:
+                # Raised to eps, but a negative variance is an error, and NaN shows it where no check can.
+                raw = _as(var, acc)
+                variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
+                ratio, level = d / variance, torch.log(variance) if want_terms else None
+
+        sums = None
+        absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
+        if want_terms and fixed and shift is not None and shift >= 0.0:
+            sums = _sum_squares(d, dims) + shift * math.prod([d.shape[i] for i in dims])
+        elif want_terms:
+            # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
+            where = _scratch(d, acc, 0) if dims else None
+            if fixed:
+                core = torch.mul(d, d, out=where)
+            elif shift and level.shape != d.shape:
+                core = torch.addcmul(level + shift, d, ratio, out=where)
+            else:
+                core = torch.addcmul(level, d, ratio, out=where)
+            if shift is None:
+                core.mul_(factor).add_(constant)
+            elif shift and (level is None or level.shape == d.shape):
+                core.add_(shift)
+            sums = _sum(_weigh(core, weight, absent), dims)
+
+        g_recon = g_x = g_var = None
+        if need_var:
+            if kind == "logvar" and weight is None and factors is None:
+                half = _factor(0.5 * rate, d)
+                half = half if isinstance(half, Tensor) else d.new_full((), half)
+                g_var = torch.addcmul(half, d, ratio, value=-0.5 * rate, out=d)
+                g_var = g_var if outs[2] is None or g_var is outs[2] else outs[2].copy_(g_var)
+            else:
+                slope = d.mul_(ratio).neg_().add_(1.0)
+                if kind != "logvar":
+                    slope /= std if kind == "std" else variance
+                g_var = _mul(_weigh(slope, weight, absent), rate if kind == "std" else rate * 0.5, outs[2])
+        ratio = _weigh(ratio, weight, absent)
         if need_x:
             # Not from recon's gradient, which may have been rounded to recon's dtype.
             g_x = ratio * -rate
             if outs[1] is not None:
                 g_x = outs[1].copy_(g_x)
         if need_recon:
-            g_recon = _mul(ratio, rate, outs[0])
-        return core, [g_recon, g_x, g_var]
+            g_recon = _mul(ratio, _factor(rate, ratio), outs[0])
+        return sums, [g_recon, g_x, g_var]
 
-    inputs, constants = (recon, x, None if fixed else var), (weight, rate, half_up)
-    core, grads = _run(block, inputs, constants, needs, recon.shape, keep, acc, (None,) * 3)
-    return None if core is None else core * _factor(scale if shift is None else factor * scale, acc), grads
+    inputs, constants = (recon, x, None if fixed else var), (weight, up if isinstance(up, Tensor) else None)
+    sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, acc, (None,) * 3)
+    return None if sums is None else sums * (scale if shift is None else factor * scale), grads
 
 
 def _exp(value: float) -> float:
@@ -299,7 +361,7 @@ def _exp(value: float) -> float:
 
 def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale) -> Tensor:
     acc = accumulate_dtype(recon, x, var)
-    return _nll(recon, x, var, weight, kind, full, eps, keep, scale, 1.0, (False,) * 3, True, acc)[0]
+    return _tensor(_nll(recon, x, var, weight, kind, full, eps, keep, scale, None, (False,) * 3, True, acc)[0], acc)
 
 
 def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> Grads:
@@ -330,17 +392,21 @@ _REST = {
 def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
     """e^v - 1, and e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior.
 
-    On a CPU in float64, where float32 inputs leave the cancellation below 3e-9 of the result but for the smallest v: it takes fewer
+    On a CPU in float64 for float32, where the cancellation stays below 2e-8 of the result but for the smallest v: it takes fewer
     operations than the series, and their number is what a small latent costs. Elsewhere float64 is slow or missing: a series, in
     v's dtype.
     """
-    if v.dtype == torch.float32 and v.device.type == "cpu":
-        wide = v.double()
-        expm1, square = torch.expm1(wide), wide * wide
-        rest = expm1 - wide
-        if torch.compiler.is_compiling() or (v.numel() and float(square.min()) < 1e-14):
-            rest = torch.where(square < 1e-14, 0.5 * square, rest)
-        return expm1.float(), rest.float()
+    if v.dtype == torch.float32 and v.is_cpu:
+        wide = _scratch(v, torch.float64, 0)
+        wide = v.double() if wide is None else wide.copy_(v)
+        expm1 = torch.expm1(wide, out=_scratch(v, torch.float64, 1))
+        if torch.compiler.is_compiling():
+            return expm1, torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, expm1 - wide)
+        rest = torch.sub(expm1, wide, out=wide)
+        if v.numel() and float(rest.min()) < 1e-16:
+            small = v.double()
+            rest = torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest)
+        return expm1, rest
     expm1 = torch.expm1(v)
     *coefficients, last = _REST[v.dtype]
     series = torch.full_like(v, last)
@@ -352,31 +418,32 @@ def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
-    rate = half = None
-    if up is not None and any(needs):
-        rate, half = _factor(up, acc), _factor(0.5 * up, acc)
+    want_slopes = up is not None and any(needs)
 
-    def block(mu, logvar, prior_mu, prior_logvar, weight, rate, half, grad_z, grad_z_eps, outs):
-        lv = wide = logvar.to(acc)
+    def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
+        lv = wide = _as(logvar, acc)
         if clamp is not None:
             lv = torch.clamp(wide, *clamp)
-        core = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
-        if rate is not None or want_terms:
-            v = lv if prior_logvar is None else lv - prior_logvar.to(acc)
-            d = mu.to(acc) if prior_mu is None else mu.to(acc) - prior_mu.to(acc)
-            pull = d if prior_logvar is None else d * torch.exp(-prior_logvar.to(acc))
+        rate = up if factors is None else factors
+        sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
+        if want_slopes or want_terms:
+            v = lv if prior_logvar is None else lv - _as(prior_logvar, acc)
+            d = _as(mu, acc) if prior_mu is None else _as(mu, acc) - _as(prior_mu, acc)
+            pull = d if prior_logvar is None else d * torch.exp(-_as(prior_logvar, acc))
             expm1, rest = expm1_and_rest(v) if want_terms else (torch.expm1(v), None)
-            if want_terms:
-                core = torch.addcmul(rest, d, pull)
-            curve = torch.addcmul(expm1, d, pull) if need_prior_logvar else None
-            if weight is not None:
-                absent = ~weight if weight.dtype == torch.bool else weight == 0
-                core, pull, expm1, curve = (_weigh(t, weight, absent) for t in (core, pull, expm1, curve))
-            if rate is not None:
-                g_mu = pull * rate if need_mu or need_prior_mu else None
-                g_logvar = expm1 * half if need_logvar else None
+            absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
+            if want_terms and weight is None and dims:
+                # No part is negative: summed apart, they lose nothing.
+                sums = _sum(rest, dims) + (_sum_squares(d, dims) if pull is d else _sum(d * pull, dims))
+            elif want_terms:
+                sums = _sum(_weigh(torch.addcmul(rest.to(acc), d, pull), weight, absent), dims)
+            if want_slopes:
+                expm1 = _as(expm1, acc)
+                if need_prior_logvar:
+                    g_prior_logvar = _weigh(torch.addcmul(expm1, d, pull), weight, absent).mul_(-0.5 * rate)
+                g_mu = _weigh(pull, weight, absent) * _factor(rate, expm1) if need_mu or need_prior_mu else None
                 g_prior_mu = -g_mu if need_prior_mu else None
-                g_prior_logvar = -curve * half if need_prior_logvar else None
+                g_logvar = _weigh(expm1, weight, absent).mul_(_factor(0.5 * rate, expm1)) if need_logvar else None
         if grad_z is not None:
             if need_mu:
                 g_mu = grad_z if g_mu is None else g_mu + grad_z
@@ -386,12 +453,13 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
         grads = [g_mu, g_logvar, g_prior_mu, g_prior_logvar]
-        return core, [g if g is None or out is None else out.copy_(g) for g, out in zip(grads, outs, strict=True)]
+        return sums, [g if g is None or out is None else out.copy_(g) for g, out in zip(grads, outs, strict=True)]
 
-    inputs, constants = (mu, logvar, prior_mu, prior_logvar), (weight, rate, half, grad_z, grad_z_eps)
+    inputs = mu, logvar, prior_mu, prior_logvar
+    constants = weight, up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = (None,) * 4 if out is None else (*out, None, None)
-    core, grads = _run(block, inputs, constants, needs, mu.shape, keep, acc, buffers)
-    return None if core is None else core * _factor(0.5 * scale, acc), grads
+    sums, grads = _run(block, inputs, constants, needs, mu.shape, keep, torch.float64, buffers)
+    return None if sums is None else sums * (0.5 * scale), grads
 
 
 def latent_forward(
@@ -401,9 +469,10 @@ def latent_forward(
     z = kl = None
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     if want_kl:
-        kl = _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True, acc)[0]
+        sums, _ = _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True, acc)
+        kl = _tensor(sums, acc)
     if eps is not None or seed is not None:
-        wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
+        wide = _as(logvar, acc) if clamp is None else torch.clamp(_as(logvar, acc), *clamp)
         std = torch.mul(wide, 0.5).exp_()
         normals = sample_noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
         # In the one-sample case sigma's buffer becomes z: no other page is touched.
@@ -436,21 +505,20 @@ def elbo_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Grads]:
     """loss = nll + beta * kl, both terms (scaled totals), and the loss's gradients, written in the pass that reads the inputs."""
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
+    nll_scale, beta, prior = _number(nll_scale), _number(beta), (prior_mu, prior_logvar)
     nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True, acc)
-    prior = prior_mu, prior_logvar
     kl, of_kl = _kl(mu, logvar, *prior, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True, acc)
-    loss = nll + beta.to(acc) * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta)
-    return loss, nll, kl, (*of_nll, *of_kl)
+    return _tensor(nll + beta * kl, acc), _tensor(nll, acc), _tensor(kl, acc), (*of_nll, *of_kl)
 
 
 def elbo_terms_forward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
 ) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
-    nll, _ = _nll(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, 1.0, (False,) * 3, True, acc)
+    nll, _ = _nll(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, None, (False,) * 3, True, acc)
     prior = prior_mu, prior_logvar
     kl, _ = _kl(mu, logvar, *prior, None, clamp, keep, kl_scale, None, None, None, (False,) * 4, True, acc)
-    return nll, kl
+    return _tensor(nll, acc), _tensor(kl, acc)
 
 
 def elbo_terms_backward(
@@ -472,7 +540,7 @@ def elbo_terms_backward(
 def scale_gradients(grads: Grads, grad: Tensor) -> None:
     """Multiply gradients that nobody has seen yet by the upstream scalar, in place."""
     # Reading the scalar is free on a CPU and would be a synchronisation anywhere else.
-    if grad.device.type == "cpu" and float(grad) == 1.0:
+    if grad.is_cpu and float(grad) == 1.0:
         return
     for g in grads:
         if g is not None:

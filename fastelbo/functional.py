@@ -149,13 +149,13 @@ def _symbolic(value: float, like: Tensor) -> Tensor:
     return torch.zeros((), dtype=reference.accumulate_dtype(like), device=like.device) + value
 
 
-def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None, acc: torch.dtype) -> Scalar:
-    """The factor that turns a total into the reduction."""
+def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None, *inputs: Any) -> Scalar:
+    """The factor that turns a total over `inputs` into the reduction."""
     if reduction in ("sum", "none"):
         return 1.0
     if reduction == "mean" and weight is not None:
         count = weight.numel()
-        return (count / math.prod(shape) if count else math.nan) / weight.sum(dtype=acc)
+        return (count / math.prod(shape) if count else math.nan) / weight.sum(dtype=reference.accumulate_dtype(*inputs))
     count = math.prod(shape if reduction == "mean" else shape[:batch_dims])
     return 1.0 / count if count else math.nan
 
@@ -210,8 +210,7 @@ def _latent(
     _check_weight(weight, "mu", halves[0].shape, mu.device)
     clamp = _check_clamp(clamp)
     eps, seed = (None, None) if noise is None else noise(halves[0])
-    acc = reference.accumulate_dtype(*halves, prior_mu, prior_logvar)
-    scale = _scale(reduction, batch_dims, halves[0].shape, weight, acc)
+    scale = _scale(reduction, batch_dims, halves[0].shape, weight, *halves, prior_mu, prior_logvar)
     chosen = backend.choose(impl, mu.device, not mu.numel())
     if chosen is None:
         normals = eps if seed is None else sample_noise(halves[0], seed, num_samples)
@@ -346,7 +345,7 @@ def _nll(
     batch_dims: int, impl: str | None,
 ) -> Tensor:  # fmt: skip
     keep = _check_rows(reduction, batch_dims, recon.ndim)
-    scale = _scale(reduction, batch_dims, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
+    scale = _scale(reduction, batch_dims, recon.shape, weight, recon, x, var)
     chosen = backend.choose(impl, recon.device, not recon.numel())
     if chosen is None:
         return scale * reference.nll(recon, x, var, weight, kind, full, eps, keep)
@@ -504,8 +503,8 @@ def elbo_terms(
     var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
     keep = _check_rows(reduction, 1, 1)
     clamp = _check_clamp(logvar_clamp)
-    nll_scale = _scale(reduction, 1, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
-    kl_scale = _scale(reduction, 1, mu.shape, None, torch.float32)
+    nll_scale = _scale(reduction, 1, recon.shape, weight, recon, x, var)
+    kl_scale = _scale(reduction, 1, mu.shape, None)
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     if chosen is None:
         nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", bool(full), 0.0, keep)
@@ -582,11 +581,10 @@ def elbo_loss(
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
     var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
     _check_rows(reduction, 1, 1)
-    nll_scale = _scale(reduction, 1, recon.shape, weight, reference.accumulate_dtype(recon, x, var))
-    kl_scale = _scale(reduction, 1, mu.shape, None, torch.float32)
-    options = bool(full), _check_clamp(logvar_clamp), nll_scale, kl_scale, beta, torch.is_grad_enabled(), chosen
-    loss, nll, kl = ELBO.apply(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, options)
-    return (loss, nll, kl) if return_terms else loss
+    nll_scale = _scale(reduction, 1, recon.shape, weight, recon, x, var)
+    kl_scale = _scale(reduction, 1, mu.shape, None)
+    options = bool(full), _check_clamp(logvar_clamp), nll_scale, kl_scale, beta, bool(return_terms), torch.is_grad_enabled(), chosen
+    return ELBO.apply(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, options)
 
 
 def effective_beta(
