@@ -170,16 +170,15 @@ class ELBO(Function):
         full, clamp, nll_scale, kl_scale, beta, terms, track, backend = ctx.options = options
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:7]
-        inputs = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
+        inputs: Any = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
         # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
-        ready = track and not any(
-            isinstance(t, Tensor) and t.dtype == torch.float16 for t, need in zip(inputs, needs, strict=True) if need
-        )
+        ready = track and torch.float16 not in [t.dtype for t, need in zip(inputs, needs, strict=True) if need]
         now = needs if ready else (False,) * 7
         loss, nll, kl, grads = backend.elbo_forward(*inputs, weight, full, clamp, nll_scale, kl_scale, beta, now)
         ctx.ready = grads if ready else None
         if not terms:
             return loss
+        nll, kl = torch.as_tensor(nll, dtype=loss.dtype), torch.as_tensor(kl, dtype=loss.dtype)
         ctx.mark_non_differentiable(nll, kl)
         return loss, nll, kl
 

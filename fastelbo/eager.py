@@ -48,26 +48,42 @@ Grads = tuple[Tensor | None, ...]
 # ---- walking the inputs in blocks ------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    shape: torch.Size, keep: int, size: int, tensors: Sequence[Tensor | None]
-) -> tuple[torch.Size, int, list[tuple[slice, ...]]]:
-    """The shape to see the terms in, how many of its dimensions the sum keeps, and where the blocks of `size` elements lie in it.
+class _Blocks:
+    """How to walk terms of `shape` in blocks of `size` elements, when a sum keeps their first `keep` dimensions.
 
     Dense tensors, with or without one value per row, are seen as (rows of the result, elements of a row), so that a block is any
     run of memory; anything strided or broadcast otherwise keeps its shape and is split along its first dimension.
     """
-    count = math.prod(shape)
-    rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
-    per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
-    if all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors):
-        cols = count // rows
-        tall, wide = max(1, size // cols), min(cols, size)
-        index: list[tuple[slice, ...]] = [
-            (slice(r, r + tall), slice(c, c + wide)) for r in range(0, rows, tall) for c in range(0, cols, wide)
-        ]
-        return torch.Size((rows, cols)), {0: 0, len(shape): 2}.get(keep, 1), index
-    tall = max(1, size * shape[0] // count)
-    return shape, keep, [(slice(r, r + tall),) for r in range(0, shape[0], tall)]
+
+    def __init__(self, shape: torch.Size, keep: int, size: int, tensors: Sequence[Tensor | None]):
+        count = math.prod(shape)
+        rows = 1 if keep in (0, len(shape)) else math.prod(shape[:keep])
+        per_row = torch.Size(tuple(shape[:keep]) + (1,) * (len(shape) - keep))
+        self.dense = all(t is None or t.ndim == 0 or (t.shape in (shape, per_row) and t.is_contiguous()) for t in tensors)
+        self.tall, self.across = max(1, size * shape[0] // count), 1
+        self.view, self.kept = shape, keep
+        if self.dense:
+            cols = count // rows
+            self.tall, self.wide, self.across = max(1, size // cols), size, -(-cols // size)
+            self.view, self.kept = torch.Size((rows, cols)), {0: 0, len(shape): 2}.get(keep, 1)
+        self.down = -(-self.view[0] // self.tall)
+        self.dims = tuple(range(self.kept, len(self.view)))
+
+    def see(self, t: Tensor | None) -> Tensor | None:
+        if t is None or t.ndim == 0:
+            return t
+        if self.dense:
+            return t.view(1, 1) if t.numel() == 1 else t.view(self.view[0], -1)
+        return t.expand(self.view)
+
+    def cut(self, t: Tensor | None) -> Sequence[Tensor | None]:
+        """The block of `t`, as `see` shows it or broadcasting against that, for each block."""
+        if t is None or t.ndim == 0:
+            return (t,) * (self.down * self.across)
+        parts = t.split(self.tall) if self.down > 1 and t.shape[0] > 1 else (t,) * self.down
+        if self.across == 1:
+            return parts
+        return [piece for part in parts for piece in (part.split(self.wide, 1) if t.shape[1] > 1 else (part,) * self.across)]
 
 
 def _run(
@@ -77,74 +93,57 @@ def _run(
     needs: Sequence[bool],
     shape: torch.Size,
     keep: int,
-    dtype: torch.dtype,
+    size: int,
     buffers: Sequence[Tensor | None],
 ) -> tuple[Sums | None, Grads]:
-    """Run `block(*inputs, *constants, outs, dims)` over blocks of BLOCK bytes of `dtype`, and put the results together.
+    """Run `block(*inputs, *constants, outs, dims)` over blocks of `size` elements, and put the results together.
 
     A block returns its terms summed over `dims` (or None) and, for each input that `needs` names, the gradient of the block's
     shape: written to the buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none;
     its shares are summed to its own shape here.
     """
-    size = BLOCK // dtype.itemsize
     if inputs[0].numel() <= size or not inputs[0].is_cpu or torch.compiler.is_compiling():
         total, shares = block(*inputs, *constants, buffers, tuple(range(keep, len(shape))))
         return total, tuple([_like(g, t) if w else None for g, t, w in zip(shares, inputs, needs, strict=True)])
 
-    view, kept, indices = _plan(shape, keep, size, (*inputs, *constants, *buffers))
-    dims = tuple(range(kept, len(view)))
-    dense = len(indices[0]) == 2
-
-    def see(t: Tensor | None) -> Tensor | None:
-        if t is None or t.ndim == 0:
-            return t
-        if dense:
-            return t.view(1, 1) if t.numel() == 1 else t.view(view[0], -1)
-        return t.expand(view)
-
-    def cut(t: Tensor | None, index: tuple[slice, ...]) -> Tensor | None:
-        if t is None or t.ndim == 0:
-            return t
-        return t[index[0]] if dense and t.shape[1] == 1 else t[index]
-
-    seen = [see(t) for t in (*inputs, *constants)]
+    blocks = _Blocks(shape, keep, size, (*inputs, *constants, *buffers))
     full = [w and t.shape == shape for t, w in zip(inputs, needs, strict=True)]
     grads = [
-        b if b is not None else torch.empty_like(t) if f else _zeros_to_sum(t, len(view), dense) if w else None
+        b if b is not None else torch.empty_like(t) if f else _zeros_to_sum(t, blocks) if w else None
         for t, f, w, b in zip(inputs, full, needs, buffers, strict=True)
     ]
-    outs = [see(g) if f else None for g, f in zip(grads, full, strict=True)]
-    sums: list[Sums] = []
-    for index in indices:
-        part, shares = block(*[cut(t, index) for t in seen], [cut(o, index) for o in outs], dims)
-        if part is not None:
-            sums.append(part)
-        for grad, share, f, w in zip(grads, shares, full, needs, strict=True):
-            if w and not f:
-                here = grad[index[0]] if grad.ndim and grad.shape[0] != 1 else grad
-                here += share.sum_to_size(here.shape)
+    seen = [blocks.cut(blocks.see(t)) for t in (*inputs, *constants)]
+    outs = [blocks.cut(blocks.see(g) if f else None) for g, f in zip(grads, full, strict=True)]
+    shared = {i: blocks.cut(g) for i, (g, f, w) in enumerate(zip(grads, full, needs, strict=True)) if w and not f}
+    sums: list[Any] = []
+    for at, (args, out) in enumerate(zip(zip(*seen, strict=True), zip(*outs, strict=True), strict=True)):
+        part, shares = block(*args, out, blocks.dims)
+        sums.append(part)
+        for i, parts in shared.items():
+            here = parts[at]
+            here += shares[i].sum_to_size(here.shape)
     grads = [g if f else g.to(t.dtype).view(t.shape) if w else None for g, t, f, w in zip(grads, inputs, full, needs, strict=True)]
-    return _join(sums, indices, view, kept, shape[:keep]) if sums else None, tuple(grads)
+    return None if sums[0] is None else _join(sums, blocks, shape[:keep]), tuple(grads)
 
 
-def _zeros_to_sum(t: Tensor, ndim: int, dense: bool) -> Tensor:
+def _zeros_to_sum(t: Tensor, blocks: _Blocks) -> Tensor:
     """A float64 buffer for the gradient of an input that broadcasts, padded to the blocks' rank (0-d stays 0-d)."""
-    padded = t.shape if not t.ndim else (t.numel(), 1) if dense else (1,) * (ndim - t.ndim) + tuple(t.shape)
-    return torch.zeros(padded, dtype=torch.float64, device=t.device)
+    padded = t.shape if not t.ndim else (t.numel(), 1) if blocks.dense else (1,) * (len(blocks.view) - t.ndim) + tuple(t.shape)
+    return torch.zeros(padded, dtype=torch.float64)
 
 
-def _join(sums: list[Any], indices: list, view: torch.Size, kept: int, shape: torch.Size) -> Sums:
+def _join(sums: list[Any], blocks: _Blocks, shape: torch.Size) -> Sums:
     """Put the blocks' sums together, in float64 where blocks share an output: it costs nothing at this size."""
-    if kept == 0:
+    if blocks.kept == 0:
         return sum(sums)
-    if kept == len(view):
-        out = torch.empty(view, dtype=sums[0].dtype)
-        for index, part in zip(indices, sums, strict=True):
-            out[index] = part
+    if blocks.dims:
+        out = torch.zeros(blocks.view[: blocks.kept] + (1,) * blocks.dense, dtype=torch.float64)
+        for piece, part in zip(blocks.cut(out), sums, strict=True):
+            piece += part.view(piece.shape)
     else:
-        out = torch.zeros(view[:kept], dtype=torch.float64)
-        for index, part in zip(indices, sums, strict=True):
-            out[index[:kept]] += part
+        out = torch.empty(blocks.view, dtype=sums[0].dtype)
+        for piece, part in zip(blocks.cut(out), sums, strict=True):
+            piece.copy_(part)
     return out.view(shape)
 
 
@@ -273,6 +272,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
     # parts of the likelihood cancel, sums without it would be far larger than the result, and so would their rounding errors. With
     # weights, or a variance so extreme that there is no such shift, terms are finished one by one.
     shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
+    only_squares = fixed and shift is not None and shift >= 0.0
     need_recon, need_x, need_var = needs
 
     def block(recon, x, var, weight, factors, outs, dims):
@@ -307,7 +307,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
 
         sums = None
         absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
-        if want_terms and fixed and shift is not None and shift >= 0.0:
+        if want_terms and only_squares:
             sums = _sum_squares(d, dims) + shift * math.prod([d.shape[i] for i in dims])
         elif want_terms:
             # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
@@ -347,7 +347,9 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
         return sums, [g_recon, g_x, g_var]
 
     inputs, constants = (recon, x, None if fixed else var), (weight, up if isinstance(up, Tensor) else None)
-    sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, acc, (None,) * 3)
+    # Squares under a gradient need no temporary, and so little is done with each block that fewer are better.
+    size = BLOCK // acc.itemsize * (8 if only_squares and need_recon else 1)
+    sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, size, (None,) * 3)
     return None if sums is None else sums * (scale if shift is None else factor * scale), grads
 
 
@@ -389,8 +391,8 @@ _REST = {
 # fmt: on
 
 
-def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
-    """e^v - 1, and e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior.
+def expm1_and_rest(v: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """e^v - 1, and e^v - 1 - v summed over `dims`, without the cancellation that makes a float32 KL negative near its prior.
 
     On a CPU in float64 for float32, where the cancellation stays below 2e-8 of the result but for the smallest v: it takes fewer
     operations than the series, and their number is what a small latent costs. Elsewhere float64 is slow or missing: a series, in
@@ -401,18 +403,20 @@ def expm1_and_rest(v: Tensor) -> tuple[Tensor, Tensor]:
         wide = v.double() if wide is None else wide.copy_(v)
         expm1 = torch.expm1(wide, out=_scratch(v, torch.float64, 1))
         if torch.compiler.is_compiling():
-            return expm1, torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, expm1 - wide)
+            return expm1, _sum(torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, expm1 - wide), dims)
         rest = torch.sub(expm1, wide, out=wide)
-        if v.numel() and float(rest.min()) < 1e-16:
+        sums = _sum(rest, dims)
+        least = sums if isinstance(sums, float) else float(sums.min()) if sums.numel() else math.inf
+        if least < 1e-16 * math.prod([v.shape[i] for i in dims]):
             small = v.double()
-            rest = torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest)
-        return expm1, rest
+            sums = _sum(torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest), dims)
+        return expm1, sums
     expm1 = torch.expm1(v)
     *coefficients, last = _REST[v.dtype]
     series = torch.full_like(v, last)
     for c in reversed(coefficients):
         series = series * v + c
-    return expm1, torch.where(v.abs() < 1, series * v * v, expm1 - v)
+    return expm1, _sum(torch.where(v.abs() < 1, series * v * v, expm1 - v), dims)
 
 
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
@@ -430,11 +434,12 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             v = lv if prior_logvar is None else lv - _as(prior_logvar, acc)
             d = _as(mu, acc) if prior_mu is None else _as(mu, acc) - _as(prior_mu, acc)
             pull = d if prior_logvar is None else d * torch.exp(-_as(prior_logvar, acc))
-            expm1, rest = expm1_and_rest(v) if want_terms else (torch.expm1(v), None)
+            # No part of a KL is negative: summed apart, they lose nothing.
+            apart = dims if weight is None else ()
+            expm1, rest = expm1_and_rest(v, apart) if want_terms else (torch.expm1(v), None)
             absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
-            if want_terms and weight is None and dims:
-                # No part is negative: summed apart, they lose nothing.
-                sums = _sum(rest, dims) + (_sum_squares(d, dims) if pull is d else _sum(d * pull, dims))
+            if want_terms and apart:
+                sums = rest + (_sum_squares(d, dims) if pull is d else _sum(d * pull, dims))
             elif want_terms:
                 sums = _sum(_weigh(torch.addcmul(rest.to(acc), d, pull), weight, absent), dims)
             if want_slopes:
@@ -458,7 +463,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = weight, up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = (None,) * 4 if out is None else (*out, None, None)
-    sums, grads = _run(block, inputs, constants, needs, mu.shape, keep, torch.float64, buffers)
+    sums, grads = _run(block, inputs, constants, needs, mu.shape, keep, BLOCK // 8, buffers)
     return None if sums is None else sums * (0.5 * scale), grads
 
 
@@ -502,13 +507,13 @@ def latent_backward(
 
 def elbo_forward(
     recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, nll_scale, kl_scale, beta, needs
-) -> tuple[Tensor, Tensor, Tensor, Grads]:
+) -> tuple[Tensor, Sums, Sums, Grads]:
     """loss = nll + beta * kl, both terms (scaled totals), and the loss's gradients, written in the pass that reads the inputs."""
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
     nll_scale, beta, prior = _number(nll_scale), _number(beta), (prior_mu, prior_logvar)
     nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True, acc)
     kl, of_kl = _kl(mu, logvar, *prior, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True, acc)
-    return _tensor(nll + beta * kl, acc), _tensor(nll, acc), _tensor(kl, acc), (*of_nll, *of_kl)
+    return _tensor(nll + beta * kl, acc), nll, kl, (*of_nll, *of_kl)
 
 
 def elbo_terms_forward(

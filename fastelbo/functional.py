@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -460,9 +461,10 @@ def gaussian_nll_loss(
 
 
 def _check_elbo(
-    recon: Any, x: Any, mu: Any, logvar: Any, recon_logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any
-) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
-    """Check what elbo_loss and elbo_terms share; return the variance and the prior as autograd takes them."""
+    recon: Any, x: Any, mu: Any, logvar: Any, recon_logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, reduction: str,
+    logvar_clamp: Any,
+) -> tuple[Tensor | float, Tensor | None, Tensor | None, tuple[float, float] | None, int, Scalar, Scalar]:  # fmt: skip
+    """Check what elbo_loss and elbo_terms share; return (var, prior_mu, prior_logvar, clamp, keep, nll_scale, kl_scale)."""
     _check_pair("recon", recon, "x", x)
     _check_pair("mu", mu, "logvar", logvar, recon.device)
     for name, t in (("recon", recon), ("mu", mu)):
@@ -474,7 +476,15 @@ def _check_elbo(
         )
     var, _ = _check_variance("recon_logvar", "logvar", 0.0 if recon_logvar is None else recon_logvar, recon)
     _check_weight(weight, "recon", recon.shape, recon.device)
-    return var, _check_prior("prior_mu", prior_mu, mu), _check_prior("prior_logvar", prior_logvar, mu)
+    return (
+        var,
+        _check_prior("prior_mu", prior_mu, mu),
+        _check_prior("prior_logvar", prior_logvar, mu),
+        _check_clamp(logvar_clamp),
+        _check_rows(reduction, 1, 1),
+        _scale(reduction, 1, recon.shape, weight, recon, x, var),
+        _scale(reduction, 1, mu.shape, None),
+    )
 
 
 def elbo_terms(
@@ -500,16 +510,20 @@ def elbo_terms(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
-    keep = _check_rows(reduction, 1, 1)
-    clamp = _check_clamp(logvar_clamp)
-    nll_scale = _scale(reduction, 1, recon.shape, weight, recon, x, var)
-    kl_scale = _scale(reduction, 1, mu.shape, None)
+    checked = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight, reduction, logvar_clamp)
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
+    return _elbo_terms(recon, x, mu, logvar, weight, bool(full), reduction, chosen, *checked)
+
+
+def _elbo_terms(
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor | None, full: bool, reduction: str,
+    chosen: ModuleType | None, var: Tensor | float, prior_mu: Tensor | None, prior_logvar: Tensor | None,
+    clamp: tuple[float, float] | None, keep: int, nll_scale: Scalar, kl_scale: Scalar,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if chosen is None:
-        nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", bool(full), 0.0, keep)
+        nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", full, 0.0, keep)
         return nll, kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
-    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, bool(full), clamp, keep
+    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep
     if torch.compiler.is_compiling():
         nll, kl = ELBOTerms.apply(*inputs, 1.0, 1.0, chosen)
         return nll_scale * nll, kl_scale * kl
@@ -563,27 +577,17 @@ def elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    _check_tensor("recon", recon)
+    checked = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight, reduction, logvar_clamp)
     beta = _check_scalar("beta", beta, recon.device)
+    chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms, as does the
     # reference.
-    chosen = None
-    if reduction != "none" and not torch.compiler.is_compiling():
-        _check_tensor("mu", mu, recon.device)
-        empty = not (recon.numel() and mu.numel())
-        chosen = backend.choose(impl, recon.device, empty)
-    if chosen is None:
-        nll, kl = elbo_terms(
-            recon, x, mu, logvar, recon_logvar=recon_logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, full=full,
-            logvar_clamp=logvar_clamp, weight=weight, reduction=reduction, impl=impl,
-        )  # fmt: skip
+    if chosen is None or reduction == "none" or torch.compiler.is_compiling():
+        nll, kl = _elbo_terms(recon, x, mu, logvar, weight, bool(full), reduction, chosen, *checked)
         loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
-    var, prior_mu, prior_logvar = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight)
-    _check_rows(reduction, 1, 1)
-    nll_scale = _scale(reduction, 1, recon.shape, weight, recon, x, var)
-    kl_scale = _scale(reduction, 1, mu.shape, None)
-    options = bool(full), _check_clamp(logvar_clamp), nll_scale, kl_scale, beta, bool(return_terms), torch.is_grad_enabled(), chosen
+    var, prior_mu, prior_logvar, clamp, _, nll_scale, kl_scale = checked
+    options = bool(full), clamp, nll_scale, kl_scale, beta, bool(return_terms), torch.is_grad_enabled(), chosen
     return ELBO.apply(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, options)
 
 
