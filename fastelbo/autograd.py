@@ -1,13 +1,15 @@
 """One `autograd.Function` per fused op. Nothing here knows which backend serves it: `backend` is `eager` or `fastelbo.kernels`.
 
-Three rules hold for all of them.
+Four rules hold for all of them.
 
-- A backward recomputes from the saved inputs, and nothing that a caller can see is written. Only `ELBO` has its gradients ready,
-  since its upstream gradient is 1 in normal use: the first backward hands them over and forgets them, a later one recomputes.
+- Where a backend has gradients ready from the forward pass, the first backward scales them, hands them over and forgets them: for
+  `ELBO` both backends do, since its upstream gradient is 1 in normal use, for the others only where recomputing costs more than
+  keeping. Any other backward recomputes from the saved inputs. Nothing that a caller can see is written.
 - With grad mode on inside backward (`create_graph=True`), the reference expression is differentiated instead, so that double
   backward is right.
 - `needs_input_grad` decides which gradients are computed. It stays true under `no_grad`, so work that only a backward would use
   also asks for the grad mode of the call (`track`).
+- What is no tensor travels in one tuple, `options`: each argument of `apply` costs host time.
 """
 
 from __future__ import annotations
@@ -50,22 +52,27 @@ def _differentiate(
 
 
 class GaussianNLL(Function):
-    """Scaled sums of -log N(x; recon, var) over all but `keep` dimensions."""
+    """Scaled sums of -log N(x; recon, var) over all but `keep` dimensions.
+
+    `options`: (kind, full, eps, keep, scale, track, backend).
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None,
-        kind: str, full: bool, eps: float, keep: int, scale: float | Tensor, backend: ModuleType,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, options: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, weight)
         ctx.fixed = None if isinstance(var, Tensor) else var
-        ctx.options = kind, full, eps, keep, scale, backend
-        return backend.nll_forward(recon, x, var, weight, kind, full, eps, keep, scale)
+        kind, full, eps, keep, scale, track, backend = ctx.options = options
+        needs = ctx.needs_input_grad[:3] if track else (False,) * 3
+        nll, ctx.ready = backend.nll_forward(recon, x, var, weight, kind, full, eps, keep, scale, needs)
+        return nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        ready, ctx.ready = ctx.ready, None
+        kind, full, eps, keep, scale, _track, backend = ctx.options
+        if ready is not None and not _is_differentiated():
+            return *backend.scale_gradients(ready, grad), None, None
         recon, x, var, weight = ctx.saved_tensors
-        kind, full, eps, keep, scale, backend = ctx.options
         var = var if ctx.fixed is None else ctx.fixed
         needs = ctx.needs_input_grad[:3]
         if _is_differentiated():
@@ -76,35 +83,43 @@ class GaussianNLL(Function):
             grads = _differentiate(expression, (recon, x, var), needs, [grad])
         else:
             grads = backend.nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs)
-        return *grads, *(None,) * 7
+        return *grads, None, None
 
 
 class Latent(Function):
     """z, a sample of N(mu, exp(logvar)), and the scaled sums of the KL over all but `keep` dimensions; either may be None.
 
     With `packed` (a dimension), `mu` holds the moments, mu and logvar as its halves along it, and gets one packed gradient.
+    `options`: (clamp, keep, scale, samples, want_kl, packed, track, backend).
     """
 
     @staticmethod
     def forward(
         ctx: Any, mu: Tensor, logvar: Tensor | None, prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None,
-        eps: Tensor | None, seed: Tensor | None, clamp: tuple[float, float] | None, keep: int, scale: float | Tensor,
-        samples: int | None, want_kl: bool, packed: int | None, backend: ModuleType,
+        eps: Tensor | None, seed: Tensor | None, options: tuple[Any, ...],
     ) -> Any:  # fmt: skip
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, weight, eps, seed)
-        ctx.options = clamp, keep, scale, samples, packed, backend
+        clamp, keep, scale, samples, want_kl, packed, track, backend = ctx.options = options
         ctx.set_materialize_grads(False)
+        needs = ctx.needs_input_grad[:4] if track else (False,) * 4
         if packed is not None:
             mu, logvar = mu.chunk(2, packed)
-        return backend.latent_forward(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl)
+            needs = (False,) * 4  # the two halves of one gradient are written at once, in backward
+        z, kl, ctx.ready = backend.latent_forward(
+            mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl, needs
+        )
+        return z, kl
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Any:
-        mu, logvar, prior_mu, prior_logvar, weight, eps, seed = ctx.saved_tensors
-        clamp, keep, scale, samples, packed, backend = ctx.options
+        ready, ctx.ready = ctx.ready, None
+        clamp, keep, scale, samples, _want_kl, packed, _track, backend = ctx.options
         needs = ctx.needs_input_grad[:4]
         if grad_z is None and grad_kl is None:
-            return (None,) * 14
+            return (None,) * 8
+        if ready is not None and not _is_differentiated():
+            return *backend.scale_gradients(ready, grad_kl), *(None,) * 4
+        mu, logvar, prior_mu, prior_logvar, weight, eps, seed = ctx.saved_tensors
         if _is_differentiated():
 
             def expression(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Outputs:
@@ -130,35 +145,44 @@ class Latent(Function):
             grads = backend.latent_backward(
                 mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, grad_z, grad_kl, needs
             )
-        return *grads, *(None,) * 10
+        return *grads, *(None,) * 4
 
 
 class ELBOTerms(Function):
-    """The scaled sums of the likelihood and KL terms over all but `keep` dimensions, each with its own upstream gradient."""
+    """The scaled sums of the likelihood and KL terms over all but `keep` dimensions, each with its own upstream gradient.
+
+    `options`: (full, clamp, keep, nll_scale, kl_scale, track, backend).
+    """
 
     @staticmethod
     def forward(
         ctx: Any, recon: Tensor, x: Tensor, var: Tensor | float, mu: Tensor, logvar: Tensor,
-        prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None, full: bool,
-        clamp: tuple[float, float] | None, keep: int, nll_scale: float | Tensor, kl_scale: float, backend: ModuleType,
+        prior_mu: Tensor | None, prior_logvar: Tensor | None, weight: Tensor | None, options: tuple[Any, ...],
     ) -> Any:  # fmt: skip
         _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
-        ctx.options = full, clamp, keep, nll_scale, kl_scale, backend
+        full, clamp, keep, nll_scale, kl_scale, track, backend = ctx.options = options
         ctx.set_materialize_grads(False)
-        return backend.elbo_terms_forward(
-            recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
+        needs = ctx.needs_input_grad[:7] if track else (False,) * 7
+        nll, kl, ctx.ready = backend.elbo_terms_forward(
+            recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale, needs
         )
+        return nll, kl
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor | None, grad_kl: Tensor | None) -> Any:
-        return *_elbo_backward(ctx, grad_nll, grad_kl, *ctx.options), *(None,) * 7
+        ready, ctx.ready = ctx.ready, None
+        full, clamp, keep, nll_scale, kl_scale, _track, backend = ctx.options
+        if ready is not None and not _is_differentiated():
+            of_nll, of_kl = backend.scale_gradients(ready[:3], grad_nll), backend.scale_gradients(ready[3:], grad_kl)
+            return *of_nll, *of_kl, None, None
+        return *_elbo_backward(ctx, grad_nll, grad_kl, full, clamp, keep, nll_scale, kl_scale, backend), None, None
 
 
 class ELBO(Function):
     """loss = nll_scale * sum nll + beta * kl_scale * sum kl, with its gradients written in the pass that reads the inputs.
 
-    `options` holds (full, clamp, nll_scale, kl_scale, beta, terms, track, backend): each argument of `apply` costs host time, as
-    does each output, so the two terms come with the loss only where they are asked for.
+    `options`: (full, clamp, nll_scale, kl_scale, beta, terms, track, backend). Outputs cost host time, so the two terms come with
+    the loss only where they are asked for.
     """
 
     @staticmethod
@@ -189,8 +213,9 @@ class ELBO(Function):
             return (None,) * 9
         full, clamp, nll_scale, kl_scale, beta, _terms, _track, backend = ctx.options
         if ready is not None and not _is_differentiated():
-            backend.scale_gradients(ready, grad)
-            return *ready, None, None
+            return *backend.scale_gradients(ready, grad), None, None
+        if isinstance(beta, Tensor):
+            beta = beta.to(grad.dtype)  # a product with a half-precision beta would be rounded to its dtype
         grads = _elbo_backward(ctx, grad, grad, full, clamp, 0, nll_scale, kl_scale * beta, backend)
         return *grads, None, None
 

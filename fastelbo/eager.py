@@ -15,6 +15,9 @@ devices, and under torch.compile (where Inductor fuses the expressions itself), 
     scale     factor of the result and of its gradients, a float or a 0-d tensor
     grad      upstream gradient of a result, of its shape, with any strides
     needs     which inputs want a gradient, in the order of the arguments; the others get None
+
+A forward pass may return these gradients with its results, for an upstream gradient of 1 of each result; `scale_gradients` finishes
+them. None stands for a forward pass that leaves them to the backward pass.
 """
 
 from __future__ import annotations
@@ -212,10 +215,16 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     return buffer[:size].view(dtype).view(like.shape)
 
 
+def _usable(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient's buffer, where intermediate values may lie in it. (Tracers want no strided tensor that is written to.)"""
+    return out if out is not None and out.dtype == dtype and _readable(out) else None
+
+
 def _mul(a: Tensor, b: Factor, out: Tensor | None) -> Tensor:
     """a * b, straight into its final buffer in one pass where the dtype allows. Without a buffer, a, a temporary, becomes it."""
     if out is None or out is a:
-        return a.mul_(b)
+        return a if isinstance(b, float) and b == 1.0 else a.mul_(_factor(b, a))
+    b = _factor(b, a)
     return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a.mul_(b))
 
 
@@ -253,10 +262,44 @@ def _number(value: Factor) -> Factor:
     return float(value) if isinstance(value, Tensor) and _readable(value) else value
 
 
-def _weigh(values: Tensor, weight: Tensor | None, absent: Tensor | None) -> Tensor:
+def _weigh(t: Tensor, weight: Tensor | None, fill: bool) -> Tensor:
+    """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes several times as long."""
     if weight is None:
-        return values
-    return (values if weight.dtype == torch.bool else values * weight.to(values.dtype)).masked_fill(absent, 0.0)
+        return t
+    t.mul_(weight)
+    return t.masked_fill_(weight == 0, 0.0) if fill else t
+
+
+def _weighed_sum(terms: Tensor, weight: Tensor | None, dims: tuple[int, ...]) -> tuple[Sums, bool]:
+    """The sum of weighed terms, and whether what lies under a weight of 0 must be filled: a sum that is finite has seen no NaN."""
+    sums = _sum(_weigh(terms, weight, fill=not dims), dims)
+    if weight is None or not dims:
+        return sums, weight is not None
+    if math.isfinite(sums) if isinstance(sums, float) else _readable(sums) and bool(sums.isfinite().all()):
+        return sums, False
+    return _sum(terms.masked_fill_(weight == 0, 0.0), dims), True
+
+
+def _holds(total: Any, parts: Any, count: int) -> bool:
+    """Whether a total of parts that were summed apart is as exact as a sum of whole terms, however much the parts cancel in it.
+
+    The roundings of the parts' runs are random, so they are worth about eps / 2 / sqrt(runs) of the parts.
+    """
+    gain = math.sqrt(max(1.0, count / RUN))
+    if isinstance(total, float):
+        return abs(total) * gain >= abs(parts) or math.isnan(total)
+    return _readable(total) and bool((total.abs() * gain >= abs(parts)).all())
+
+
+def _early(inputs: Sequence[Any], needs: Sequence[bool], shape: torch.Size, keep: int, acc: torch.dtype) -> bool:
+    """Whether a forward pass may write gradients that a backward only scales: by a number, or by one for each row.
+
+    Those of half-precision inputs would be rounded twice, and those of inputs that broadcast hold a sum over rows.
+    """
+    if not any(needs) or keep == len(shape):
+        return False
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    return _readable(wanted[0]) and all(t.dtype == acc and (keep == 0 or t.shape == shape) for t in wanted)
 
 
 # ---- Gaussian negative log-likelihood --------------------------------------------------------------------------------------------
@@ -264,29 +307,30 @@ def _weigh(values: Tensor, weight: Tensor | None, absent: Tensor | None) -> Tens
 
 def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
+    learned = var if isinstance(var, Tensor) else None
+    if learned is not None and learned.numel() == 1 and kind == "logvar" and weight is None and _readable(learned):
+        var = float(learned)
     fixed = not isinstance(var, Tensor)
     factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
-    # terms = factor * (core + shift), and the factor is left to the sums. So is the shift where it adds to squares only: where the
-    # parts of the likelihood cancel, sums without it would be far larger than the result, and so would their rounding errors. With
-    # weights, or a variance so extreme that there is no such shift, terms are finished one by one.
+    # terms = factor * (core + shift), and the factor is left to the sums. With weights, or a variance so extreme that there is no
+    # such shift, terms are finished one by one.
     shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
-    only_squares = fixed and shift is not None and shift >= 0.0
     need_recon, need_x, need_var = needs
 
     def block(recon, x, var, weight, factors, outs, dims):
         # The gradients' own buffers hold what leads to them: a page that is not touched is time that is not spent.
-        of_recon = outs[0] if outs[0] is not None and outs[0].dtype == acc else None
-        of_var = outs[2] if outs[2] is not None and outs[2].dtype == acc else None
+        of_recon, of_var = _usable(outs[0], acc), _usable(outs[2], acc)
         recon, x = _as(recon, acc), _as(x, acc)
         rate = up if factors is None else factors
+        sums = g_recon = g_x = g_var = None
+        # Where nothing shows that there is no NaN under a weight of 0, there may be one.
+        fill = True
 
-        # The residual d, ratio = d / variance, and level, the log-variance.
-        level = None
+        # The residual d, and ratio = d / variance.
         if fixed:
             d = ratio = torch.sub(recon, x, out=of_recon if need_recon else _scratch(recon, acc, 1))
-            rate = None if rate is None else rate * (2 * factor)
         else:
             d = torch.sub(recon, x, out=of_var if need_var else _scratch(recon, acc, 0))
             if kind == "logvar":
@@ -305,13 +349,26 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
                 ratio, level = d / variance, torch.log(variance) if want_terms else None
 
-        sums = None
-        absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
-        if want_terms and only_squares:
-            sums = _sum_squares(d, dims) + shift * math.prod([d.shape[i] for i in dims])
+        # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
+        where = _scratch(d, acc, 0) if dims else None
+        count = math.prod([d.shape[i] for i in dims])
+        if fixed and shift is not None:
+            # Squares are summed apart from what they are added to, which is a matter of numbers: unless the two cancel.
+            squares = _sum_squares(d, dims) if want_terms or need_var else None
+            if want_terms:
+                sums = squares + shift * count
+                if shift < 0.0 and not _holds(sums, squares, count):
+                    sums = _sum(torch.mul(d, d, out=where).add_(shift), dims)
+            if need_var:
+                slope = count - 2 * factor * squares
+                if not _holds(slope, 2 * factor * squares, count):
+                    slope = _sum(torch.mul(d, d, out=where).mul_(-2 * factor).add_(1.0), dims)
+                # An upstream gradient is the same all along `dims`.
+                each: Any = rate
+                for _ in dims if isinstance(rate, Tensor) and rate.ndim else ():
+                    each = each.select(-1, 0)
+                g_var = _tensor(slope * (0.5 * each), torch.float64)
         elif want_terms:
-            # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
-            where = _scratch(d, acc, 0) if dims else None
             if fixed:
                 core = torch.mul(d, d, out=where)
             elif shift and level.shape != d.shape:
@@ -320,36 +377,40 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 core = torch.addcmul(level, d, ratio, out=where)
             if shift is None:
                 core.mul_(factor).add_(constant)
-            elif shift and (level is None or level.shape == d.shape):
+            elif shift and level.shape == d.shape:
                 core.add_(shift)
-            sums = _sum(_weigh(core, weight, absent), dims)
+            sums, fill = _weighed_sum(core, weight, dims)
 
-        g_recon = g_x = g_var = None
-        if need_var:
+        if need_var and not fixed:
             if kind == "logvar" and weight is None and factors is None:
-                half = _factor(0.5 * rate, d)
-                half = half if isinstance(half, Tensor) else d.new_full((), half)
+                half = d.new_full((), 0.5 * rate)
                 g_var = torch.addcmul(half, d, ratio, value=-0.5 * rate, out=d)
                 g_var = g_var if outs[2] is None or g_var is outs[2] else outs[2].copy_(g_var)
             else:
                 slope = d.mul_(ratio).neg_().add_(1.0)
                 if kind != "logvar":
                     slope /= std if kind == "std" else variance
-                g_var = _mul(_weigh(slope, weight, absent), rate if kind == "std" else rate * 0.5, outs[2])
-        ratio = _weigh(ratio, weight, absent)
+                    fill = True  # of a variance that is next to 0 the terms may be finite
+                g_var = _mul(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5, outs[2])
+        if need_recon or need_x:
+            ratio = _weigh(ratio, weight, fill)
+            rate = rate * (2 * factor) if fixed else rate
         if need_x:
             # Not from recon's gradient, which may have been rounded to recon's dtype.
             g_x = ratio * -rate
             if outs[1] is not None:
                 g_x = outs[1].copy_(g_x)
         if need_recon:
-            g_recon = _mul(ratio, _factor(rate, ratio), outs[0])
+            g_recon = _mul(ratio, rate, outs[0])
         return sums, [g_recon, g_x, g_var]
 
-    inputs, constants = (recon, x, None if fixed else var), (weight, up if isinstance(up, Tensor) else None)
+    inputs = recon, x, None if learned is None else learned.reshape(()) if fixed else var
+    constants = weight, up if isinstance(up, Tensor) else None
     # Squares under a gradient need no temporary, and so little is done with each block that fewer are better.
-    size = BLOCK // acc.itemsize * (8 if only_squares and need_recon else 1)
+    size = BLOCK // acc.itemsize * (8 if fixed and shift is not None and need_recon else 1)
     sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, size, (None,) * 3)
+    if need_var and learned is not None:
+        grads = (*grads[:2], grads[2].reshape(learned.shape))
     return None if sums is None else sums * (scale if shift is None else factor * scale), grads
 
 
@@ -361,9 +422,13 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale) -> Tensor:
+def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale, needs) -> tuple[Tensor, Grads | None]:
     acc = accumulate_dtype(recon, x, var)
-    return _tensor(_nll(recon, x, var, weight, kind, full, eps, keep, scale, None, (False,) * 3, True, acc)[0], acc)
+    early = _early((recon, x, var), needs, recon.shape, keep, acc)
+    scale = _number(scale)
+    up, wanted = (scale, needs) if early else (None, (False,) * 3)
+    sums, grads = _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, wanted, True, acc)
+    return _tensor(sums, acc), grads if early else None
 
 
 def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> Grads:
@@ -391,32 +456,39 @@ _REST = {
 # fmt: on
 
 
-def expm1_and_rest(v: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """e^v - 1, and e^v - 1 - v summed over `dims`, without the cancellation that makes a float32 KL negative near its prior.
+def exact_rest(v: Tensor) -> Tensor:
+    """e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior.
 
     On a CPU in float64 for float32, where the cancellation stays below 2e-8 of the result but for the smallest v: it takes fewer
-    operations than the series, and their number is what a small latent costs. Elsewhere float64 is slow or missing: a series, in
-    v's dtype.
+    operations than the series. Elsewhere float64 is slow or missing: a series, in v's dtype.
     """
     if v.dtype == torch.float32 and v.is_cpu:
-        wide = _scratch(v, torch.float64, 0)
+        wide = _scratch(v, torch.float64, 4)
         wide = v.double() if wide is None else wide.copy_(v)
-        expm1 = torch.expm1(wide, out=_scratch(v, torch.float64, 1))
         if torch.compiler.is_compiling():
-            return expm1, _sum(torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, expm1 - wide), dims)
-        rest = torch.sub(expm1, wide, out=wide)
-        sums = _sum(rest, dims)
-        least = sums if isinstance(sums, float) else float(sums.min()) if sums.numel() else math.inf
-        if least < 1e-16 * math.prod([v.shape[i] for i in dims]):
+            return torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, torch.expm1(wide) - wide)
+        rest = wide.expm1_().sub_(v)
+        if v.numel() and float(rest.min()) < 1e-16:
             small = v.double()
-            sums = _sum(torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest), dims)
-        return expm1, sums
-    expm1 = torch.expm1(v)
+            rest = torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest)
+        return rest
     *coefficients, last = _REST[v.dtype]
     series = torch.full_like(v, last)
     for c in reversed(coefficients):
         series = series * v + c
-    return expm1, _sum(torch.where(v.abs() < 1, series * v * v, expm1 - v), dims)
+    return torch.where(v.abs() < 1, series * v * v, torch.expm1(v) - v)
+
+
+def _is_exact(rest: Any, total: Any, count: int) -> bool:
+    """Whether sums of `count` terms e^v - 1 - v, computed in float32, are exact enough for the totals that they are a part of.
+
+    With eps = 2^-24 a term is off by eps |v|. The sum of |v| is at most sqrt(2 count rest), as rest is about v^2 / 2 where that
+    matters, and a little more for what is wrong with `rest` itself. Asked for is an error of 2 eps of the total.
+    """
+    floor = 2**-23 * count
+    if isinstance(total, float):
+        return floor + math.sqrt(2 * count * max(rest, 0.0)) <= 2 * total
+    return bool((floor + (2 * count * rest.clamp(min=0.0)).sqrt() <= 2 * total).all())
 
 
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
@@ -425,30 +497,54 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     want_slopes = up is not None and any(needs)
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
+        of_mu, of_logvar, of_prior_mu, of_prior_logvar = (_usable(o, acc) for o in outs)
         lv = wide = _as(logvar, acc)
         if clamp is not None:
             lv = torch.clamp(wide, *clamp)
         rate = up if factors is None else factors
         sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
+        fill = True
         if want_slopes or want_terms:
-            v = lv if prior_logvar is None else lv - _as(prior_logvar, acc)
-            d = _as(mu, acc) if prior_mu is None else _as(mu, acc) - _as(prior_mu, acc)
-            pull = d if prior_logvar is None else d * torch.exp(-_as(prior_logvar, acc))
-            # No part of a KL is negative: summed apart, they lose nothing.
-            apart = dims if weight is None else ()
-            expm1, rest = expm1_and_rest(v, apart) if want_terms else (torch.expm1(v), None)
-            absent = None if weight is None else ~weight if weight.dtype == torch.bool else weight == 0
-            if want_terms and apart:
-                sums = rest + (_sum_squares(d, dims) if pull is d else _sum(d * pull, dims))
-            elif want_terms:
-                sums = _sum(_weigh(torch.addcmul(rest.to(acc), d, pull), weight, absent), dims)
+            spare = _scratch(lv, acc, 0) if dims else None
+            v = lv if prior_logvar is None else torch.sub(lv, _as(prior_logvar, acc), out=_scratch(lv, acc, 1))
+            of_expm1 = of_logvar if want_slopes and need_logvar else None if want_slopes else _scratch(lv, acc, 2)
+            d = pull = _as(mu, acc)
+            if prior_mu is not None:
+                of_d = of_prior_mu if want_slopes and need_prior_mu else _scratch(lv, acc, 3)
+                d = pull = torch.sub(d, _as(prior_mu, acc), out=of_d)
+            if prior_logvar is not None:
+                of_pull = of_mu if want_slopes and need_mu else None
+                pull = torch.exp(_as(prior_logvar, acc), out=of_pull)
+                pull = torch.div(d, pull, out=pull)
+            # Sums in float32 are good unless the posterior lies near its prior, which they show themselves.
+            fast = bool(dims) and acc == torch.float32 and _readable(lv) and (weight is None or weight.dtype == torch.bool)
+            expm1 = torch.expm1(v, out=of_expm1) if fast or want_slopes else None
+            if want_terms:
+                count = math.prod([v.shape[i] for i in dims])
+                # No part is negative: summed apart, they lose nothing.
+                if pull is d and weight is None:
+                    quad, fill = _sum_squares(d, dims), False
+                else:
+                    quad, fill = _weighed_sum(torch.mul(d, pull, out=spare), weight, dims)
+                rest = None
+                if fast:
+                    rest, filled = _weighed_sum(torch.sub(expm1, v, out=spare), weight, dims)
+                    fill = fill or filled
+                if not fast or not _is_exact(rest, rest + quad, count):
+                    rest, filled = _weighed_sum(exact_rest(v), weight, dims)
+                    fill = fill or filled
+                sums = rest + quad if dims else torch.add(rest, quad).to(acc)
             if want_slopes:
-                expm1 = _as(expm1, acc)
                 if need_prior_logvar:
-                    g_prior_logvar = _weigh(torch.addcmul(expm1, d, pull), weight, absent).mul_(-0.5 * rate)
-                g_mu = _weigh(pull, weight, absent) * _factor(rate, expm1) if need_mu or need_prior_mu else None
-                g_prior_mu = -g_mu if need_prior_mu else None
-                g_logvar = _weigh(expm1, weight, absent).mul_(_factor(0.5 * rate, expm1)) if need_logvar else None
+                    curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar)
+                    g_prior_logvar = _mul(_weigh(curve, weight, fill), -0.5 * rate, None)
+                if need_mu or need_prior_mu:
+                    # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
+                    g_mu = _mul(pull, rate, None) if pull is not d else torch.mul(pull, _factor(rate, pull), out=of_mu)
+                    g_mu = _weigh(g_mu, weight, fill)
+                    g_prior_mu = torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
+                if need_logvar:
+                    g_logvar = _mul(_weigh(expm1, weight, fill), 0.5 * rate, None)
         if grad_z is not None:
             if need_mu:
                 g_mu = grad_z if g_mu is None else g_mu + grad_z
@@ -458,7 +554,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
         grads = [g_mu, g_logvar, g_prior_mu, g_prior_logvar]
-        return sums, [g if g is None or out is None else out.copy_(g) for g, out in zip(grads, outs, strict=True)]
+        return sums, [g if g is None or o is None or g is o else o.copy_(g) for g, o in zip(grads, outs, strict=True)]
 
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = weight, up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
@@ -468,21 +564,25 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
 
 
 def latent_forward(
-    mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl
-) -> tuple[Tensor | None, Tensor | None]:
+    mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl, needs
+) -> tuple[Tensor | None, Tensor | None, Grads | None]:
     """z (None without eps and seed) in mu's dtype, of shape (samples, *mu.shape) if samples is given; and the KL if wanted."""
-    z = kl = None
+    z = kl = ready = None
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
+    sampled = eps is not None or seed is not None
     if want_kl:
-        sums, _ = _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, None, None, (False,) * 4, True, acc)
-        kl = _tensor(sums, acc)
-    if eps is not None or seed is not None:
+        prior, scale = (prior_mu, prior_logvar), _number(scale)
+        early = not sampled and _early((mu, logvar, *prior), needs, mu.shape, keep, acc)
+        up, wanted = (scale, needs) if early else (None, (False,) * 4)
+        sums, grads = _kl(mu, logvar, *prior, weight, clamp, keep, scale, up, None, None, wanted, True, acc)
+        kl, ready = _tensor(sums, acc), grads if early else None
+    if sampled:
         wide = _as(logvar, acc) if clamp is None else torch.clamp(_as(logvar, acc), *clamp)
         std = torch.mul(wide, 0.5).exp_()
-        normals = sample_noise(mu, seed, samples, acc) if eps is None else eps.to(acc)
+        normals = sample_noise(mu, seed, samples, acc) if eps is None else _as(eps, acc)
         # In the one-sample case sigma's buffer becomes z: no other page is touched.
         z = (std.mul_(normals) if samples is None else std * normals).add_(mu).to(mu.dtype)
-    return z, kl
+    return z, kl, ready
 
 
 def latent_backward(
@@ -517,13 +617,16 @@ def elbo_forward(
 
 
 def elbo_terms_forward(
-    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale
-) -> tuple[Tensor, Tensor]:
+    recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale, needs
+) -> tuple[Tensor, Tensor, Grads | None]:
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
-    nll, _ = _nll(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, None, (False,) * 3, True, acc)
-    prior = prior_mu, prior_logvar
-    kl, _ = _kl(mu, logvar, *prior, None, clamp, keep, kl_scale, None, None, None, (False,) * 4, True, acc)
-    return _tensor(nll, acc), _tensor(kl, acc)
+    nll_scale, prior, none = _number(nll_scale), (prior_mu, prior_logvar), (False,) * 7
+    early = _early((recon, x, var), needs[:3], recon.shape, keep, acc)
+    early = early and _early((mu, logvar, *prior), needs[3:], mu.shape, keep, acc)
+    wanted, nll_up, kl_up = (needs, nll_scale, kl_scale) if early else (none, None, None)
+    nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, nll_up, wanted[:3], True, acc)
+    kl, of_kl = _kl(mu, logvar, *prior, None, clamp, keep, kl_scale, kl_up, None, None, wanted[3:], True, acc)
+    return _tensor(nll, acc), _tensor(kl, acc), (*of_nll, *of_kl) if early else None
 
 
 def elbo_terms_backward(
@@ -542,11 +645,14 @@ def elbo_terms_backward(
     return (*of_nll, *of_kl)
 
 
-def scale_gradients(grads: Grads, grad: Tensor) -> None:
-    """Multiply gradients that nobody has seen yet by the upstream scalar, in place."""
-    # Reading the scalar is free on a CPU and would be a synchronisation anywhere else.
-    if grad.is_cpu and float(grad) == 1.0:
-        return
+def scale_gradients(grads: Grads, grad: Tensor | None) -> Grads:
+    """Multiply gradients that nobody has seen yet by the upstream gradient of their result, in place."""
+    if grad is None:
+        return (None,) * len(grads)
+    # Reading a scalar is free on a CPU and would be a synchronisation anywhere else.
+    if grad.ndim == 0 and grad.is_cpu and float(grad) == 1.0:
+        return grads
     for g in grads:
         if g is not None:
-            g.mul_(grad)
+            g.mul_(grad.reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) if grad.ndim else grad)
+    return grads

@@ -219,10 +219,8 @@ def _latent(
         kl = scale * reference.kl(halves[0], halves[1], prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
         return z, kl
     traced = torch.compiler.is_compiling()
-    z, kl = Latent.apply(
-        mu, logvar, prior_mu, prior_logvar, weight, eps, seed, clamp, keep, 1.0 if traced else scale, num_samples, want_kl, packed,
-        chosen,
-    )  # fmt: skip
+    options = clamp, keep, 1.0 if traced else scale, num_samples, want_kl, packed, torch.is_grad_enabled(), chosen
+    z, kl = Latent.apply(mu, logvar, prior_mu, prior_logvar, weight, eps, seed, options)
     return z, kl * scale if traced and want_kl else kl
 
 
@@ -351,8 +349,8 @@ def _nll(
     if chosen is None:
         return scale * reference.nll(recon, x, var, weight, kind, full, eps, keep)
     if torch.compiler.is_compiling():
-        return scale * GaussianNLL.apply(recon, x, var, weight, kind, full, eps, keep, 1.0, chosen)
-    return GaussianNLL.apply(recon, x, var, weight, kind, full, eps, keep, scale, chosen)
+        return scale * GaussianNLL.apply(recon, x, var, weight, (kind, full, eps, keep, 1.0, torch.is_grad_enabled(), chosen))
+    return GaussianNLL.apply(recon, x, var, weight, (kind, full, eps, keep, scale, torch.is_grad_enabled(), chosen))
 
 
 def gaussian_nll(
@@ -523,11 +521,11 @@ def _elbo_terms(
     if chosen is None:
         nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", full, 0.0, keep)
         return nll, kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
-    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep
+    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar, weight
     if torch.compiler.is_compiling():
-        nll, kl = ELBOTerms.apply(*inputs, 1.0, 1.0, chosen)
+        nll, kl = ELBOTerms.apply(*inputs, (full, clamp, keep, 1.0, 1.0, torch.is_grad_enabled(), chosen))
         return nll_scale * nll, kl_scale * kl
-    return ELBOTerms.apply(*inputs, nll_scale, kl_scale, chosen)
+    return ELBOTerms.apply(*inputs, (full, clamp, keep, nll_scale, kl_scale, torch.is_grad_enabled(), chosen))
 
 
 def elbo_loss(

@@ -76,7 +76,7 @@ def elbo_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full
     return loss, nll.out, kl.out, (*nll.gradients(var), *kl.grads)
 
 
-def elbo_terms_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale):
+def elbo_terms_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, full, clamp, keep, nll_scale, kl_scale, needs):
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
     nll = gaussian_nll.plan(recon, x, var, weight, "logvar", full, 0.0, keep, nll_scale, None, 1.0, (False,) * 3, True, acc)
     kl = reparameterize.plan(
@@ -85,7 +85,7 @@ def elbo_terms_forward(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight
     )  # fmt: skip
     _launch(nll, kl, recon.device)
     finish(acc, a=nll.terms, b=kl.terms)
-    return nll.out, kl.out
+    return nll.out, kl.out, None
 
 
 def elbo_terms_backward(
@@ -151,3 +151,4 @@ def scale_gradients(grads, grad):
     counts = [0 if g is None else g.numel() for g in grads]
     programs = min(PROGRAMS, max(1, -(-max(counts) // TILE)))
     launch(scale_kernel, programs, grad.device, *grads, *counts, grad, TILE)
+    return grads

@@ -225,10 +225,10 @@ def _run(call: Call, device: torch.device) -> None:
     finish(call.acc, a=call.terms, v=call.var)
 
 
-def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale):
+def nll_forward(recon, x, var, weight, kind, full, eps, keep, scale, needs):
     call = plan(recon, x, var, weight, kind, full, eps, keep, scale, None, 1.0, (False,) * 3, True, accumulate_dtype(recon, x, var))
     _run(call, recon.device)
-    return call.out
+    return call.out, None
 
 
 def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs):

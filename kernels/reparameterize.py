@@ -204,14 +204,14 @@ def _run(call: Call, device: torch.device) -> None:
     finish(call.acc, a=call.terms)
 
 
-def latent_forward(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl):
+def latent_forward(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl, needs):
     want_z = eps is not None or seed is not None
     call = plan(
         mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, None, 1.0, eps, seed, samples, None, (False,) * 4, want_z,
         want_kl, want_kl, accumulate_dtype(mu, logvar, prior_mu, prior_logvar),
     )  # fmt: skip
     _run(call, mu.device)
-    return call.z, call.out
+    return call.z, call.out, None
 
 
 def latent_backward(
