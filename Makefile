@@ -7,6 +7,7 @@ RESULTS ?= results/gpu-check
 # For example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" where no GPU needs serving.
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
+BENCH_ARGS  ?=
 
 # Recipes use pipefail, which plain sh may lack.
 SHELL := /bin/bash
@@ -48,10 +49,11 @@ test: $(READY) ## run the tests (JOBS=2 workers; PYTEST_ARGS="-k kl")
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(READY) ## ruff, its formatter, and mypy on the public API
+lint: $(READY) ## ruff, its formatter, mypy on the public API, and whether the README's figures are the committed data's
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m benchmarks report --check
 
 .PHONY: format
 format: $(READY) ## let ruff format the code and fix what it can
@@ -62,12 +64,28 @@ format: $(READY) ## let ruff format the code and fix what it can
 codegen: $(READY) ## compile every kernel for each GPU target and print registers, spills and vector widths
 	$(RUN) -m benchmarks.codegen
 
+.PHONY: bench
+bench: $(READY) ## measure five peers on every workload (BENCH_ARGS="--quick" for two minutes of it)
+	$(RUN) -m benchmarks $(BENCH_ARGS)
+
+# Each part that succeeds leaves a mark in RESULTS, so that a second call does what is missing; -k: one part's failure stops no other.
 .PHONY: gpu-check
-gpu-check: $(READY) ## on a GPU: the kernels' tests run natively, then benchmarks.gpu_check; writes into RESULTS
+gpu-check: $(READY) ## on a GPU: the tests that run kernels natively, the numerics, and a quick benchmark; all output into RESULTS
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu-check needs a GPU that PyTorch can use; torch " + torch.__version__ + " sees none")'
 	mkdir -p $(RESULTS)
+	+$(MAKE) -k --no-print-directory $(RESULTS)/pytest.done $(RESULTS)/compare.done $(RESULTS)/bench.done
+
+$(RESULTS)/pytest.done:
 	set -o pipefail; $(RUN) -m pytest -m "gpu or triton" $(PYTEST_ARGS) 2>&1 | tee $(RESULTS)/pytest.txt
-	set -o pipefail; $(RUN) -m benchmarks.gpu_check --out $(RESULTS) 2>&1 | tee $(RESULTS)/gpu_check.txt
+	touch $@
+
+$(RESULTS)/compare.done:
+	set -o pipefail; $(RUN) -m fastelbo compare --json $(RESULTS)/compare.json --plot $(RESULTS)/compare.png 2>&1 | tee $(RESULTS)/compare.txt
+	touch $@
+
+$(RESULTS)/bench.done:
+	set -o pipefail; $(RUN) -m benchmarks --quick --resume --out $(RESULTS)/bench.jsonl $(BENCH_ARGS) 2>&1 | tee $(RESULTS)/bench.txt
+	touch $@
 
 .PHONY: clean
 clean: ## remove build outputs and caches (not the virtual environment, not results)

@@ -1,0 +1,47 @@
+"""What a result depends on, and so is keyed by."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastelbo
+from fastelbo import cli
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit and day, as JSON can hold them."""
+    versions = cli.versions()
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else cli.cpu_name()
+    return {
+        "device": name,
+        "driver": cli.nvidia_driver() if on_gpu and not torch.version.hip else None,
+        "threads": torch.get_num_threads(),
+        "torch": versions["torch"],
+        "triton": versions["triton"],
+        "fastelbo": fastelbo.__version__,
+        "commit": commit(),
+        "python": versions["python"],
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        at = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "fastelbo", "kernels", "benchmarks/*.py"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return at.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,227 @@
+"""The benchmark suite: its workloads are what they say, wrong numbers report no speed, and the report is what the data says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as suite
+from benchmarks import measure, report
+from benchmarks.workloads import WORKLOADS, Draw, Workload
+from fastelbo import eager
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers without the minutes that compiling them takes; tests/test_compile.py has compiled numbers."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+
+
+@each_workload
+def test_peers_compute_the_same(workload: Workload, uncompiled: None) -> None:
+    inputs = workload.inputs(Draw(CPU, torch.float32), **workload.sizes("tiny"))
+    found = measure.errors(workload, measure.peers(workload), inputs)
+    assert set(found) == set(measure.PEERS)
+    assert max(found.values()) < 2e-6, found
+
+
+@each_workload
+def test_byte_model_counts_the_inputs(workload: Workload) -> None:
+    """What is read in forward is what the inputs hold, but for masks, scalars and vectors; a step moves more than that."""
+    sizes = workload.sizes("small")
+    elements, forward, step = workload.traffic(**sizes)
+    inputs = workload.inputs(Draw(CPU, torch.float32), **sizes)
+    held = sum(t.numel() for name, t in inputs.items() if name not in ("mask", "grad_z"))
+    passes = 2 if workload.name == "rssm" else 1
+    assert forward * 0.9 <= held * passes <= forward * 1.2, (forward, held)
+    assert step > forward >= elements
+    assert workload.sizes("full") == workload.full
+
+
+def test_wrong_gradients_report_no_speed(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = eager.elbo_forward
+
+    def broken(*args: Any) -> Any:
+        loss, nll, kl, grads = real(*args)
+        return loss, nll, kl, (grads[0] * 1.001, *grads[1:])
+
+    monkeypatch.setattr(eager, "elbo_forward", broken)
+    record = measure.measure(WORKLOADS[0], CPU, torch.float32, "tiny", True, 10.0)
+    assert record["wrong"] == list(measure.OURS)
+    assert record["errors"]["fastelbo"] == pytest.approx(1e-3, rel=0.01)
+    assert "peers" not in record
+
+
+def test_nan_is_wrong() -> None:
+    assert measure.wrong({"eager": float("nan"), "fastelbo": 0.0}, torch.float32) == ["eager"]
+
+
+def test_a_record_holds_every_figure(uncompiled: None) -> None:
+    record = measure.measure(WORKLOADS[0], CPU, torch.float32, "tiny", True, 10.0)
+    assert record["wrong"] == []
+    assert record["rounds"] >= 7
+    assert list(record["peers"]) == list(measure.PEERS)
+    for peer, figures in record["peers"].items():
+        step = figures["step_us"]
+        assert 0 < step["low"] <= step["median"] <= step["high"]
+        assert 0 < figures["forward_us"]["median"] < step["median"]
+        assert figures["gb_per_s"] == pytest.approx(record["bytes_step"] / step["median"] / 1e3)
+        assert figures["share_of_copy"] == pytest.approx(figures["gb_per_s"] / 10)
+        assert (figures["host_us"] is None) == peer.startswith("compiled")
+        assert figures["peak_bytes"] > 0
+    json.dumps(record)
+
+
+def test_peak_memory_is_exact() -> None:
+    """Two temporaries at once beside the gradient, of which one lives on: counted to the byte, but for the loss itself."""
+    n = 1 << 18
+
+    def loss(recon: torch.Tensor) -> torch.Tensor:
+        return ((recon * 2.0) * recon).sum()
+
+    inputs = {"recon": torch.ones(n, requires_grad=True)}
+    peak = measure.peak_memory(measure.Step(inputs), loss, CPU)
+    # Forward holds recon * 2 and the product; backward two gradients of recon beside what was saved, and their sum in one of them.
+    assert 3 * 4 * n <= peak <= 4 * 4 * n + 4096
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_elbo_takes_its_gradients_and_four_mebibytes(learned: bool) -> None:
+    workload = next(w for w in WORKLOADS if w.name == ("celeba-64-logvar" if learned else "celeba-64"))
+    for sizes in (workload.sizes("small"), {"batch": 16, "elements": 196_608, "latents": 4_096}):
+        step = measure.Step(workload.inputs(Draw(CPU, torch.float32), **sizes))
+        gradients = sum(t.numel() * t.element_size() for t in step.wanted)
+        peak = measure.peak_memory(step, workload.fused, CPU)
+        assert gradients <= peak <= gradients + (4 << 20), (sizes, (peak - gradients) / 2**20)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_lines_and_resumes(tmp_path: Path, uncompiled: None, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "bench.jsonl"
+    arguments = ["--quick", "--workload", "mnist", "--workload", "rssm", "--out", str(out)]
+    threads = torch.get_num_threads()
+    assert suite.main([*arguments, "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["workload"] for r in records] == ["mnist", "rssm"]
+    assert {r["about"]["threads"] for r in records} == {1}
+    for key in ("device", "driver", "torch", "triton", "fastelbo", "commit", "python", "date"):
+        assert key in records[0]["about"]
+    shown = capsys.readouterr().out
+    assert "mnist" in shown
+    assert "GB/s" in shown
+    assert suite.main([*arguments, "--threads", "1", "--resume"]) == 0
+    torch.set_num_threads(threads)
+    assert len(out.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workload", "minst"], "minst"),
+        (["--dtype", "int8"], "int8"),
+        (["--device", "tpu"], "tpu"),
+        (["--threads", "x"], "threads"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        suite.main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert suite.main(["--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(device: str = "NVIDIA H100", driver: str | None = "570.1", eager_us: float = 300.0, **changed: Any) -> dict[str, Any]:
+    """A record as a GPU would give it; fastelbo takes 100 us."""
+    about = {
+        "device": device, "driver": driver, "threads": 16, "torch": "2.11.0 (CUDA 12.8)", "triton": "3.6.0", "fastelbo": "0.1.0",
+        "commit": "abc", "python": "3.12", "platform": "Linux", "date": "2026-01-02",
+    }  # fmt: skip
+    about |= changed.pop("about", {})
+
+    def peer(us: float) -> dict[str, Any]:
+        spread = {"median": us, "low": us - 1, "high": us + 1}
+        return {
+            "forward_us": spread, "step_us": spread, "host_us": 50.0, "peak_bytes": 1 << 20, "gb_per_s": 1.0, "share_of_copy": 0.5,
+        }  # fmt: skip
+
+    times = {"eager": eager_us, "torch parts": 400.0, "compiled eager": 150.0, "fastelbo": 100.0, "compiled fastelbo": 120.0}
+    return {
+        "about": about, "quick": False, "workload": "mnist", "source": "", "dtype": "float32", "scale": "full", "sizes": {},
+        "elements": 100_352, "bytes_forward": 1, "bytes_step": 1, "copy_gb_per_s": 3000.0, "errors": {}, "wrong": [], "rounds": 31,
+        "peers": {p: peer(us) for p, us in times.items()},
+    } | changed  # fmt: skip
+
+
+def test_table_from_a_recorded_gpu() -> None:
+    text = report.tables([recorded(), recorded(eager_us=500.0), recorded(workload="vits", wrong=["fastelbo"], peers={})])
+    assert "**NVIDIA H100**, driver 570.1: torch 2.11.0 (CUDA 12.8), triton 3.6.0, fastelbo 0.1.0 at abc" in text
+    row = next(line for line in text.splitlines() if line.startswith("| mnist"))
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    assert cells[:3] == ["mnist", "100,352", "float32"]
+    assert cells[3:] == [
+        "100 (100-100)", "4.00 (3.00-5.00)", "4.00 (4.00-4.00)", "1.50 (1.50-1.50)", "1.25 (1.25-1.25)", "50%", "1.0, 1.0",
+    ]  # fmt: skip
+    assert "| vits | 100,352 | float32 | wrong numbers, no speed |" in text
+
+
+def test_newest_run_of_each_device_stands() -> None:
+    old = recorded(about={"date": "2025-12-31", "commit": "old"}, eager_us=900.0)
+    quick = recorded(quick=True, eager_us=800.0)
+    other = recorded("EPYC", driver=None)
+    found = report.by_device([old, quick, recorded(), other])
+    assert {name: [r["peers"]["eager"]["step_us"]["median"] for r in rs] for (name, _), rs in found.items()} == {
+        "NVIDIA H100": [300.0], "EPYC, 16 threads": [300.0],
+    }  # fmt: skip
+    assert {slug for _, slug in found} == {"nvidia-h100", "epyc-16-threads"}
+
+
+def test_report_writes_checks_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, readme, plots = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs"
+    arguments = ["report", "--results", str(results), "--readme", str(readme), "--plots", str(plots)]
+    results.mkdir()
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    assert suite.main(arguments) == 2  # no data
+    (results / "h100.jsonl").write_text(json.dumps(recorded()) + "\n" + json.dumps(recorded(dtype="bfloat16")) + "\n")
+    assert suite.main([*arguments, "--check"]) == 1
+    assert "stale" in readme.read_text()
+    assert suite.main(arguments) == 0
+    assert suite.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "3.00" in text
+    assert (plots / "bench-nvidia-h100.png").read_bytes().startswith(b"\x89PNG")
+    readme.write_text(text.replace("3.00", "4.00"))
+    assert suite.main([*arguments, "--check"]) == 1
+    readme.write_text("no marks")
+    assert suite.main(arguments) == 2
+    assert "once each" in capsys.readouterr().err
+
+
+def test_no_figure_beside_the_table() -> None:
+    """A speed-up in the README that no file vouches for: figures with a unit of time stand between the marks only."""
+    text = (ROOT / "README.md").read_text()
+    head, rest = text.split(report.BEGIN)
+    prose = head + rest.split(report.END)[1]
+    assert not re.findall(r"\b\d[\d.,]* ?(?:us|µs|ms)\b", prose)
