@@ -122,7 +122,9 @@ def _check_prior(name: str, prior: Any, mu: Tensor) -> Tensor | None:
         return torch.full((), prior, dtype=reference.accumulate_dtype(mu), device=mu.device).expand(mu.shape)
     _check_tensor(name, prior, mu.device)
     _check_broadcast(name, prior, "mu", mu.shape)
-    if prior.shape != mu.shape and prior.dtype.itemsize < 4:
+    if prior.shape == mu.shape:
+        return prior
+    if prior.dtype.itemsize < 4:
         # Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision.
         prior = prior.float()
     return prior.expand(mu.shape)
