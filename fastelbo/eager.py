@@ -461,27 +461,37 @@ _REST = {
 # fmt: on
 
 
-def exact_rest(v: Tensor) -> Tensor:
-    """e^v - 1 - v without the cancellation that makes a float32 KL negative near its prior.
+def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+    """e^v - 1 and e^v - 1 - v for v = logvar - prior_logvar, without what float32 loses near the prior and far from it.
 
-    On a CPU in float64 for float32, where the cancellation stays below 2e-8 of the result but for the smallest v: it takes fewer
-    operations than the series. Elsewhere float64 is slow or missing: a series, in v's dtype.
+    On a CPU in float64 for float32, where the cancellation near the prior stays below 2e-8 of the result but for the smallest v: it
+    takes fewer operations than a series. Elsewhere float64 is slow or missing: a series, in logvar's dtype.
     """
-    if v.dtype == torch.float32 and v.is_cpu:
-        wide = _scratch(v, torch.float64, 4)
-        wide = v.double() if wide is None else wide.copy_(v)
-        if torch.compiler.is_compiling():
-            return torch.where(wide.abs() < 1e-8, 0.5 * wide * wide, torch.expm1(wide) - wide)
-        rest = wide.expm1_().sub_(v)
+    if logvar.dtype == torch.float32 and _readable(logvar):
+        v = _scratch(logvar, torch.float64, 4)
+        v = logvar.double() if v is None else v.copy_(logvar)
+        if prior_logvar is not None:
+            v.sub_(prior_logvar)
+        expm1 = torch.expm1(v, out=_scratch(logvar, torch.float64, 5))
+        rest = torch.sub(expm1, v, out=v)
         if v.numel() and float(rest.min()) < 1e-16:
-            small = v.double()
-            rest = torch.where(rest < 1e-16, small.mul_(small).mul_(0.5), rest)
-        return rest
+            v = logvar.double() if prior_logvar is None else logvar.double().sub_(prior_logvar)
+            rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest)
+        return expm1, rest
+    v = logvar if prior_logvar is None else logvar - prior_logvar
     *coefficients, last = _REST[v.dtype]
     series = torch.full_like(v, last)
     for c in reversed(coefficients):
         series = series * v + c
-    return torch.where(v.abs() < 1, series * v * v, torch.expm1(v) - v)
+    expm1 = torch.expm1(v)
+    rest = torch.where(v.abs() < 1, series * v * v, expm1 - v)
+    if prior_logvar is not None:
+        # Far from the prior the rounding of v moves e^v by many times its own: `low` is what v lost (Knuth's two-sum).
+        back = v - logvar
+        low = (logvar - (v - back)) - (prior_logvar + back)
+        more = (expm1 + 1.0) * low
+        expm1, rest = torch.where(more.isfinite(), expm1 + more, expm1), torch.where(more.isfinite(), rest + expm1 * low, rest)
+    return expm1, rest
 
 
 def _is_exact(rest: Any, total: Any, count: int) -> bool:
@@ -497,6 +507,14 @@ def _is_exact(rest: Any, total: Any, count: int) -> bool:
     return bool((0.5 * floor + math.sqrt(0.5 * count) * np.sqrt(np.maximum(rest.numpy(), 0.0)) <= total.numpy()).all())
 
 
+def _is_near(v: Tensor) -> bool:
+    """Whether float32 holds v = logvar - prior_logvar well enough: rounding it moves e^v by up to |v| / 2 ulp."""
+    if not v.numel():
+        return True
+    low, high = torch.aminmax(v)
+    return float(low) >= -4.0 and float(high) <= 4.0
+
+
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
@@ -510,6 +528,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         rate = up if factors is None else factors
         sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
         fill = True
+        rest: Any = None
         if want_slopes or want_terms:
             spare = _scratch(lv, acc, 0) if dims else None
             v = lv if prior_logvar is None else torch.sub(lv, _as(prior_logvar, acc), out=_scratch(lv, acc, 1))
@@ -522,9 +541,17 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 of_pull = of_mu if want_slopes and need_mu else None
                 pull = torch.exp(_as(prior_logvar, acc), out=of_pull)
                 pull = torch.div(d, pull, out=pull)
-            # Sums in float32 are good unless the posterior lies near its prior, which they show themselves.
-            fast = bool(dims) and acc == torch.float32 and _readable(lv) and (weight is None or weight.dtype == torch.bool)
-            expm1 = torch.expm1(v, out=of_expm1) if fast or want_slopes else None
+            on_host = acc == torch.float32 and _readable(lv)
+            near = on_host and (prior_logvar is None or _is_near(v))
+            if on_host and not near and weight is not None:
+                near = _is_near(v.masked_fill(weight == 0, 0.0))  # what is absent decides nothing
+            # Sums in float32 are good unless the posterior lies too near its prior, which they show themselves.
+            fast = near and bool(dims) and (weight is None or weight.dtype == torch.bool)
+            if near and (fast or not want_terms):
+                expm1 = torch.expm1(v, out=of_expm1)
+            else:
+                exact, rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))
+                expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
             if want_terms:
                 count = math.prod([v.shape[i] for i in dims])
                 # No part is negative: summed apart, they lose nothing.
@@ -532,13 +559,13 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                     quad, fill = _sum_squares(d, dims), False
                 else:
                     quad, fill = _weighed_sum(torch.mul(d, pull, out=spare), weight, dims)
-                rest = None
                 if fast:
-                    rest, filled = _weighed_sum(torch.sub(expm1, v, out=spare), weight, dims)
-                    fill = fill or filled
-                if not fast or not _is_exact(rest, rest + quad, count):
-                    rest, filled = _weighed_sum(exact_rest(v), weight, dims)
-                    fill = fill or filled
+                    rest = torch.sub(expm1, v, out=spare)
+                rest, filled = _weighed_sum(rest, weight, dims)
+                if fast and not _is_exact(rest, rest + quad, count):
+                    rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))[1]
+                    rest, filled = _weighed_sum(rest, weight, dims)
+                fill = fill or filled
                 sums = rest + quad if dims else torch.add(rest, quad).to(acc)
             if want_slopes:
                 if need_prior_logvar:

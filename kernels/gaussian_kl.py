@@ -1,7 +1,7 @@
 """KL between diagonal Gaussians, element by element and without cancellation near the prior."""
 
 import triton
-import triton.language as tl  # noqa: F401 -- Triton looks for it beside every kernel
+import triton.language as tl
 
 from .math import exp, expm1_and_rest
 
@@ -21,5 +21,13 @@ def kl_math(mu, logvar, prior_mu, prior_logvar):
         v = logvar - prior_logvar
         pull = d * exp(-prior_logvar)
     expm1, rest = expm1_and_rest(v)
+    if prior_logvar is not None:
+        # Far from the prior the rounding of v moves e**v by many times its own: `low` is what v lost (Knuth's two-sum).
+        back = v - logvar
+        low = (logvar - (v - back)) - (prior_logvar + back)
+        more = (expm1 + 1.0) * low
+        finite = tl.abs(more) < float("inf")
+        rest = tl.where(finite, rest + expm1 * low, rest)
+        expm1 = tl.where(finite, expm1 + more, expm1)
     quad = d * pull
     return 0.5 * (quad + rest), pull, 0.5 * expm1, -0.5 * (quad + expm1)
