@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     tell.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the *.jsonl lie")
     tell.add_argument("--readme", type=Path, default=report.ROOT / "README.md", metavar="FILE")
-    tell.add_argument("--plots", type=Path, default=report.ROOT / "docs", metavar="FOLDER")
-    tell.set_defaults(do=lambda o: report.main(o.results, o.readme, o.plots, o.check))
+    tell.add_argument("--docs", type=Path, default=report.ROOT / "docs", metavar="FOLDER", help="where the plots go")
+    tell.set_defaults(do=lambda o: report.main(o.results, o.readme, o.docs, o.check))
 
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] not in ("run", "report", "-h", "--help"):

@@ -19,33 +19,58 @@ from .workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks: begin, written by `python -m benchmarks report` -->", "<!-- benchmarks: end -->"
+NUMERICS_BEGIN, NUMERICS_END = "<!-- numerics: begin, written by `python -m benchmarks report` -->", "<!-- numerics: end -->"
 OTHERS = [p for p in PEERS if p != "fastelbo"]
 
 Record = dict[str, Any]
 Device = tuple[str, str]  # its name, and a slug for files
 
 
-def main(results: Path, readme: Path, plots: Path, check: bool) -> int:
+def main(results: Path, readme: Path, docs: Path, check: bool) -> int:
     records = load(results)
     if not records:
         print(f"no records in {results}/*.jsonl", file=sys.stderr)
         return 2
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"{readme} must hold the lines {BEGIN!r} and {END!r} once each", file=sys.stderr)
-        return 2
-    head, rest = text.split(BEGIN)
-    new = f"{head}{BEGIN}\n{tables(records)}{END}{rest.split(END)[1]}"
-    if check:
-        if new != text:
-            print(f"the table in {readme} is not what {results} says: run `python -m benchmarks report`", file=sys.stderr)
-        return int(new != text)
-    readme.write_text(new)
-    for device, of_device in by_device(records).items():
-        path = plots / f"bench-{device[1]}.png"
-        plot(device[0], of_device, path)
-        print(path)
-    return 0
+    stale = False
+    pages = [(readme, BEGIN, END, tables(records))]
+    if (compared := results / "numerics-cpu.json").exists():
+        pages.append((docs / "numerics.md", NUMERICS_BEGIN, NUMERICS_END, numerics(json.loads(compared.read_text())["rows"])))
+    for page, begin, end, table in pages:
+        text = page.read_text()
+        if text.count(begin) != 1 or text.count(end) != 1:
+            print(f"{page} must hold the lines {begin!r} and {end!r} once each", file=sys.stderr)
+            return 2
+        head, rest = text.split(begin)
+        new = f"{head}{begin}\n{table}{end}{rest.split(end)[1]}"
+        if check and new != text:
+            print(f"the table in {page} is not what {results} says: run `python -m benchmarks report`", file=sys.stderr)
+            stale = True
+        if not check:
+            page.write_text(new)
+    if not check:
+        for (name, slug), of_device in by_device(records).items():
+            plot(name, of_device, docs / f"bench-{slug}.png")
+    return int(stale)
+
+
+def numerics(rows: list[Record]) -> str:
+    """From what `fastelbo compare --json` wrote: an op's results, over its shapes and ranges."""
+    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for row in rows:
+        found[row["op"], row["result"]].append(row)
+
+    def worst(group: list[Record], of: str, what: str) -> str:
+        values = [row[of][what] for row in group if row[of] is not None]
+        return f"{max(values):.2g}" if values else ""
+
+    headings = ["op", "result", "fused: worst, mean", "eager: worst, mean", "torch's own: worst", "lost, of fused and of eager"]
+    lines = [f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|\n"]
+    for (op, result), group in found.items():
+        errors = [f"{worst(group, of, 'max_ulp')}, {worst(group, of, 'mean_ulp')}" for of in ("fused", "eager")]
+        lost = [sum(row[of]["lost"] for row in group) for of in ("fused", "eager")]
+        cells = [op, result, *errors, worst(group, "library", "max_ulp"), f"{lost[0]}, {lost[1]}" if any(lost) else ""]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 def load(folder: Path) -> list[Record]:

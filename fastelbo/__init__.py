@@ -1,5 +1,6 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
+from .compare import compare
 from .distributions import DiagonalGaussian
 from .estimators import sgvb_loss
 from .functional import (
@@ -13,6 +14,7 @@ from .functional import (
     reparameterize_kl,
 )
 from .modules import ELBOLoss, GaussianNLLLoss, Reparameterize
+from .verify import NumericsMismatch, verify
 
 __version__ = "0.1.0"
 
@@ -20,7 +22,9 @@ __all__ = [
     "DiagonalGaussian",
     "ELBOLoss",
     "GaussianNLLLoss",
+    "NumericsMismatch",
     "Reparameterize",
+    "compare",
     "effective_beta",
     "elbo_loss",
     "elbo_terms",
@@ -30,4 +34,5 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "sgvb_loss",
+    "verify",
 ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -17,6 +19,9 @@ IMPLS = ("auto", "triton", "torch", "reference")
 _DEFAULT = os.environ.get("FASTELBO_IMPL", "auto").lower() or "auto"
 
 _kernels: ModuleType | None = None
+
+# Inside `fastelbo.verify`, what stands in for the chosen backend in a fused call.
+watcher: Callable[[ModuleType], Any] | None = None
 
 
 def has_triton() -> bool:
@@ -44,17 +49,22 @@ def choose(impl: str | None, device: torch.device, empty: bool = False) -> Modul
         raise ValueError(f"{where} must be one of {', '.join(map(repr, IMPLS))}, got {name!r}")
     if name == "reference":
         return None
-    if name == "torch" or torch.compiler.is_compiling():
+    if name == "torch":
+        chosen = eager
+    elif torch.compiler.is_compiling():
+        # Before the watcher is looked at: a trace would guard on it, and compile again inside `verify`.
         return eager
-    if name == "auto":
-        return kernels() if device.type == "cuda" and not empty and _triton_found() else eager
-    if not _triton_found():
-        raise ValueError("impl='triton' needs the package triton, which is not installed here; use impl='torch'")
-    if device.type != "cuda" and not kernels().INTERPRETED:
-        raise ValueError(
-            f"impl='triton' needs CUDA or HIP tensors (or TRITON_INTERPRET=1), got tensors on {device.type!r}; use impl='torch'"
-        )
-    return eager if empty else kernels()
+    elif name == "auto":
+        chosen = kernels() if device.type == "cuda" and not empty and _triton_found() else eager
+    else:
+        if not _triton_found():
+            raise ValueError("impl='triton' needs the package triton, which is not installed here; use impl='torch'")
+        if device.type != "cuda" and not kernels().INTERPRETED:
+            raise ValueError(
+                f"impl='triton' needs CUDA or HIP tensors (or TRITON_INTERPRET=1), got tensors on {device.type!r}; use impl='torch'"
+            )
+        chosen = eager if empty else kernels()
+    return chosen if watcher is None else watcher(chosen)
 
 
 _found: bool | None = None

@@ -1,4 +1,4 @@
-"""`fastelbo demo` and `fastelbo info`; `python -m fastelbo` is the same."""
+"""`fastelbo demo`, `fastelbo compare` and `fastelbo info`; `python -m fastelbo` is the same."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import fastelbo
 from . import backend, eager
 
 DEMO_NEEDS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+TABLE_WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     demo.set_defaults(run=run_demo)
+
+    compare = commands.add_parser("compare", help="hold fused and eager numerics against the float64 truth")
+    compare.add_argument("--op", metavar="NAME", help="one function, or one way to call it such as gaussian_kl/prior (default all)")
+    compare.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, float16 or float64 (default all)")
+    compare.add_argument("--shape", metavar="N,...", help="shape of every tensor, batch first, such as 64,784 (default a few)")
+    compare.add_argument(
+        "--logvar-range", nargs=2, type=float, metavar=("LO", "HI"),
+        help="of log-variances, less the prior's (default near the prior, wide, extreme)",
+    )  # fmt: skip
+    compare.add_argument("--seed", type=int, default=0, metavar="S", help="seed of inputs and upstream gradients (default 0)")
+    compare.add_argument(
+        "--tensors", type=Path, metavar="FILE.pt", help="your own tensors, a dict by argument name, as torch.save writes it"
+    )
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the errors against the log-variance")
+    compare.set_defaults(run=run_compare)
 
     info = commands.add_parser("info", help="print versions, devices, and which backend serves what, and why")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -72,6 +89,69 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+# ---- compare ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    if not is_installed("rich"):
+        return fail('compare needs rich: pip install "fastelbo[cli]"')
+    if args.plot and not is_installed("matplotlib"):
+        return fail('--plot needs matplotlib: pip install "fastelbo[demo]"')
+    from rich.console import Console
+    from rich.progress import track
+
+    from .compare import load, plan, plot, run
+
+    try:
+        for path in filter(None, (args.json, args.plot)):
+            check_output(path)
+        if args.plot:
+            check_picture(args.plot)
+        shape = None if args.shape is None else parse_shape(args.shape)
+        tensors = None if args.tensors is None else load(args.tensors)
+        cases = plan(args.op, args.dtype, shape, args.logvar_range, args.seed, tensors)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        return fail(str(error).splitlines()[0])
+
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    watched = track(cases, "comparing", console=console, transient=True, disable=not console.is_terminal)
+    result = run(watched, args.seed)
+    console.print(result)
+    console.print(str(result), style=None if result.ok else "bold red", markup=False, soft_wrap=True)
+    try:
+        if args.json:
+            args.json.write_text(result.to_json())
+        if args.plot:
+            plot(result.rows, args.plot)
+    except (OSError, ValueError) as error:
+        return fail(str(error))
+    return 0 if result.ok else 1
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise ValueError(f"shape must be numbers with commas between them, such as 64,784, got {text!r}") from None
+
+
+def check_output(path: Path) -> None:
+    """Fail before the work and not after it."""
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def check_picture(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"cannot draw {path}: its name must end in one of {', '.join(sorted(known))}")
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------------------

@@ -267,6 +267,11 @@ def _number(value: Factor) -> Factor:
     return float(value) if isinstance(value, Tensor) and _readable(value) else value
 
 
+def _wide_weight(weight: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """A bool or half-precision weight as numbers of the terms' dtype: multiplying by it would convert what it broadcasts to."""
+    return weight if weight is None or weight.dtype.itemsize >= 4 else weight.to(acc)
+
+
 def _weigh(t: Tensor, weight: Tensor | None, fill: bool) -> Tensor:
     """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes several times as long."""
     if weight is None:
@@ -410,7 +415,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
         return sums, [g_recon, g_x, g_var]
 
     inputs = recon, x, None if learned is None else learned.reshape(()) if fixed else var
-    constants = weight, up if isinstance(up, Tensor) else None
+    constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None
     # Squares under a gradient need no temporary, and so little is done with each block that fewer are better.
     size = BLOCK // acc.itemsize * (8 if fixed and shift is not None and need_recon else 1)
     sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, size, (None,) * 3)
@@ -519,6 +524,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
     want_slopes = up is not None and any(needs)
+    plain = weight is None or weight.dtype == torch.bool
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
         of_mu, of_logvar, of_prior_mu, of_prior_logvar = (_usable(o, acc) for o in outs)
@@ -545,15 +551,16 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             near = on_host and (prior_logvar is None or _is_near(v))
             if on_host and not near and weight is not None:
                 near = _is_near(v.masked_fill(weight == 0, 0.0))  # what is absent decides nothing
-            # Sums in float32 are good unless the posterior lies too near its prior, which they show themselves.
-            fast = near and bool(dims) and (weight is None or weight.dtype == torch.bool)
+            count = math.prod([lv.shape[i] for i in dims])
+            # Sums in float32 are good unless the posterior lies too near its prior, which they show themselves. Of many short rows
+            # one always does.
+            fast = near and plain and count >= RUN
             if near and (fast or not want_terms):
                 expm1 = torch.expm1(v, out=of_expm1)
             else:
                 exact, rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))
                 expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
             if want_terms:
-                count = math.prod([v.shape[i] for i in dims])
                 # No part is negative: summed apart, they lose nothing.
                 if pull is d and weight is None:
                     quad, fill = _sum_squares(d, dims), False
@@ -590,7 +597,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         return sums, [g if g is None or o is None or g is o else o.copy_(g) for g, o in zip(grads, outs, strict=True)]
 
     inputs = mu, logvar, prior_mu, prior_logvar
-    constants = weight, up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
+    constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = (None,) * 4 if out is None else (*out, None, None)
     sums, grads = _run(block, inputs, constants, needs, mu.shape, keep, BLOCK // 8, buffers)
     return None if sums is None else _scaled(sums, 0.5 * scale), grads

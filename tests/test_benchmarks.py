@@ -198,7 +198,7 @@ def test_newest_run_of_each_device_stands() -> None:
 
 def test_report_writes_checks_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, readme, plots = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs"
-    arguments = ["report", "--results", str(results), "--readme", str(readme), "--plots", str(plots)]
+    arguments = ["report", "--results", str(results), "--readme", str(readme), "--docs", str(plots)]
     results.mkdir()
     readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     assert suite.main(arguments) == 2  # no data

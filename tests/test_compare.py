@@ -1,0 +1,497 @@
+"""`fastelbo compare`: right figures, the right verdict, and one clear line for what cannot be compared."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import NO_KERNELS
+
+import fastelbo
+from fastelbo import cli, eager, functional
+from fastelbo.compare import BOUND, DTYPES, FIXED, OPS, Case, Comparison, Op, ulp_of
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+# `fastelbo.compare` is the function.
+module: Any = importlib.import_module("fastelbo.compare")
+
+CPU = torch.device("cpu")
+SMALL = (16, 50)
+
+
+@pytest.fixture(autouse=True)
+def _plain_backend_only(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """conftest switches Triton's interpreter on, which would be compared everywhere; one test below asks for it."""
+    if "triton" not in request.keywords:
+        monkeypatch.setattr(module, "backends", lambda: [("torch", CPU)])
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`fastelbo compare`, and what it leaves: exit status, output, errors."""
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        status = cli.main(["compare", *map(str, args)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def the(result: Comparison, op: str, name: str) -> Any:
+    (found,) = (row for row in result.rows if (row.op, row.result) == (op, name))
+    return found
+
+
+# ---- the figures -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logvar_range", [(-0.5, 0.5), (-10.0, 10.0)], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_oracle_is_the_reference(op: Op, logvar_range: tuple[float, float]) -> None:
+    v = Case("torch", CPU, op, 3, torch.float64, (4, 3, 5), logvar_range).values()
+    ups = module.upstream(op, v, 4)
+    # gaussian_nll_loss takes no impl, but torch has it.
+    call = op.library if op.function == "gaussian_nll_loss" else lambda v: op.fused("reference", v)
+    want = module.differentiate(call, v, op.learned, ups)
+    found = module.oracle(op, v, ups)
+    assert len(found) == len(want) == len(op.results) + len(op.learned)
+    for (truth, size), exact in zip(found, want, strict=True):
+        torch.testing.assert_close(truth, exact.detach(), rtol=1e-9, atol=0)
+        assert bool((size >= truth.abs() * (1 - 1e-12)).all())
+
+
+def test_the_oracles_kl_is_exact() -> None:
+    mpmath = pytest.importorskip("mpmath")
+    v = torch.tensor([1e-12, -1e-8, 1e-4, -0.1, 0.4999, -0.5001, 3.0, -30.0], dtype=torch.float64, requires_grad=True)
+    _, term = module.terms_of_kl(torch.zeros_like(v), v)
+    (slope,) = torch.autograd.grad(term.sum(), v)
+    with mpmath.workdps(60):
+        for x, kl, d in zip(v.tolist(), term.tolist(), slope.tolist(), strict=True):
+            assert kl == pytest.approx(float((mpmath.expm1(mpmath.mpf(x)) - mpmath.mpf(x)) / 2), rel=1e-15)
+            assert d == pytest.approx(float(mpmath.expm1(mpmath.mpf(x)) / 2), rel=1e-15)
+
+
+def test_units_in_the_last_place() -> None:
+    size = torch.tensor([1.0, 1.999, 2.0, 0.75, 3e38], dtype=torch.float64)
+    assert ulp_of(size, torch.float32).tolist() == [2.0**-23, 2.0**-23, 2.0**-22, 2.0**-24, 2.0**104]
+    assert ulp_of(size[:1], torch.bfloat16).item() == 2.0**-7
+    assert ulp_of(size[:1], torch.float16).item() == 2.0**-10
+
+
+@pytest.mark.parametrize(
+    ("got", "truth", "error"),
+    [
+        (1.5, 1.0, 0.5),
+        (math.inf, 1e5, 0.0),  # the truth overflows float16
+        (-math.inf, 1e5, math.inf),
+        (math.inf, 65503.0, 0.0),  # but for its last digits it would
+        (math.inf, 6e4, math.inf),
+        (6e4, 1e5, 4e4),
+        (math.nan, 1.0, math.inf),
+        (math.nan, math.nan, 0.0),
+        (1.0, math.nan, math.inf),
+        (2.0**-20, 2.0**-21, 2.0**-21),  # subnormal, but not in the float32 of the arithmetic
+        (0.0, 1e-40, 0.0),  # subnormal in that too
+    ],
+)
+def test_errors_and_what_is_lost(got: float, truth: float, error: float) -> None:
+    found = module.errors(torch.tensor([got]), torch.tensor([truth], dtype=torch.float64), torch.float16, 2.0**-126)
+    assert found.item() == error
+
+
+def test_known_errors() -> None:
+    """Near the prior the usual KL subtracts numbers of size 1: its error is some 2^-24, whatever the KL is."""
+    v = torch.full((8, 1), 2.0**-10)
+    result = fastelbo.compare("gaussian_kl/standard", tensors={"mu": torch.zeros_like(v), "logvar": v})
+    kl = the(result, "gaussian_kl/standard", "kl")
+    exact = 0.5 * (math.expm1(2.0**-10) - 2.0**-10)
+    usual = float(-0.5 * (1 + v[0] - v[0].exp()))
+    assert kl.worst.exact == pytest.approx(exact, rel=1e-10)
+    assert kl.worst.eager == usual
+    assert kl.eager.max_relative == pytest.approx(abs(usual - exact) / exact, rel=1e-6)
+    assert kl.eager.max_ulp == pytest.approx(abs(usual - exact) * 2.0 ** (23 + 22), rel=1e-6)  # exact is from 2^-22 to 2^-21
+    assert kl.eager.max_ulp == kl.eager.mean_ulp == kl.eager.p99_ulp > 1000
+    assert kl.fused.max_ulp <= 1
+    assert result.ok
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_well(command: Command, tmp_path: Path) -> None:
+    picture, figures = tmp_path / "errors.png", tmp_path / "errors.json"
+    status, out, err = command("--shape", "16,50", "--json", figures, "--plot", picture)
+    assert (status, err) == (0, "")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 20_000
+    assert out.splitlines()[-1] == "All are within it."
+    assert BOUND in out
+
+    facts = json.loads(figures.read_text())
+    assert facts["ok"] is True
+    assert facts["bound"]["words"] == BOUND
+    rows = facts["rows"]
+    assert {r["dtype"] for r in rows} == set(DTYPES)
+    assert {tuple(r["logvar_range"]) for r in rows} == set(module.RANGES)
+    assert {(r["op"], r["result"]) for r in rows} == {
+        (op.name, name) for op in OPS for name in (*op.results, *(f"d {n}" for n in op.learned))
+    }
+    assert all(op.name in out for op in OPS)
+    assert {r["elements"] for r in rows} == {1, 16, 800}
+    for r in rows:
+        assert r["ok"]
+        assert r["fused"]["max_ulp"] <= r["allowed_max_ulp"]
+        assert r["fused"]["mean_ulp"] <= r["allowed_mean_ulp"]
+        assert r["fused"]["max_ulp"] == r["worst"]["fused_ulp"] or r["eager"]["lost"]
+        assert (r["widened"] is not None) == (r["dtype"] in ("bfloat16", "float16"))
+        assert (r["library"] is not None) == (r["op"] != "reparameterize")
+
+    def figure(op: str, name: str, dtype: str, who: str, which: str) -> list[float]:
+        return [r[who][which] for r in rows if (r["op"], r["result"], r["dtype"]) == (op, name, dtype)]
+
+    # Near the prior, the first range, the usual KL has lost three digits in float32, and all of them in bfloat16.
+    kl = "gaussian_kl/standard", "kl"
+    assert figure(*kl, "float32", "fused", "max_ulp")[0] < 3 < 1000 < figure(*kl, "float32", "eager", "max_ulp")[0]
+    assert figure(*kl, "bfloat16", "fused", "max_relative")[0] < 1e-6 < 0.5 < figure(*kl, "bfloat16", "eager", "max_relative")[0]
+    # In float16 the fused gradients are rounded once, and eager's overflow on the way to a finite value.
+    slope = "gaussian_nll/logvar", "d recon", "float16"
+    assert max(figure(*slope, "fused", "max_ulp")) < 0.51
+    assert sum(figure(*slope, "fused", "lost")) == 0 < sum(figure(*slope, "eager", "lost"))
+
+
+BROKEN = [
+    ("elbo", 0, "elbo_loss/element", "d recon"),
+    ("elbo", 2, "elbo_loss/scalar", "d recon_logvar"),
+    ("elbo", 4, "elbo_loss/fixed", "d logvar"),
+    ("elbo_terms", 3, "elbo_terms", "d mu"),
+    ("nll", 1, "gaussian_nll/logvar", "d x"),
+    ("nll", 2, "gaussian_nll_loss", "d var"),
+    ("latent", 0, "reparameterize", "d mu"),
+    ("latent", 1, "gaussian_kl/standard", "d logvar"),
+    ("latent", 3, "gaussian_kl/prior", "d prior_logvar"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "which", "op", "name"), BROKEN)
+def test_a_broken_gradient_is_caught(
+    kernel: str, which: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
+) -> None:
+    def off(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(g if g is None or i != which else g * (1 + 1e-3) for i, g in enumerate(grads))
+
+    def breaks(function: str) -> None:
+        right = getattr(eager, function)
+
+        def wrong(*args: Any, **options: Any) -> Any:
+            found = right(*args, **options)
+            if function.endswith("_backward"):
+                return off(found)
+            # A forward pass may have the gradients ready, as the last of what it returns.
+            return (*found[:-1], off(found[-1])) if isinstance(found[-1], tuple) else found
+
+        monkeypatch.setattr(eager, function, wrong)
+
+    for function in {f"{kernel}_forward", f"{kernel}_backward"} & set(vars(eager)):
+        breaks(function)
+    status, out, err = command("--op", op, "--dtype", "float32", "--shape", "16,50", "--json", tmp_path / "f.json")
+    assert (status, err) == (1, "")
+    facts = json.loads((tmp_path / "f.json").read_text())
+    assert facts["ok"] is False
+    failures = [r for r in facts["rows"] if not r["ok"]]
+    assert {r["result"] for r in failures} == {name}
+    worst = max(failures, key=lambda r: r["worst"]["fused_ulp"] / r["allowed_max_ulp"])["worst"]
+    assert worst["fused"] == pytest.approx(worst["exact"] * (1 + 1e-3), rel=1e-5)
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{op}, {name}, float32 on torch, shape (16, 50), logvar in ["))
+    assert f"{worst['fused']:.9g} for {worst['exact']:.9g}, off by {worst['fused_ulp']:.3g} ulp" in line
+    assert (f"element {worst['index']}" if worst["index"] else "the value") in line
+    assert all(f", {key} {value:.9g}" in line for key, value in worst["inputs"].items())
+    assert bool(worst["inputs"]) == bool(worst["index"])
+
+
+def test_a_wrong_and_a_lost_value_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.gaussian_nll
+    factor = torch.ones(16)
+    factor[3], factor[5] = math.nan, 1 + 1e-3
+
+    def wrong(*args: Any, **options: Any) -> torch.Tensor:
+        out = right(*args, **options)
+        return out + (out * factor - out).detach()
+
+    monkeypatch.setattr(functional, "gaussian_nll", wrong)
+    result = fastelbo.compare("gaussian_nll/fixed", "bfloat16", SMALL, (-1.0, 1.0))
+    (failure,) = result.failures
+    assert (failure.result, failure.fused.lost, failure.eager.lost) == ("nll", 1, 0)
+    assert failure.worst.index == (3,)
+    assert math.isnan(failure.worst.fused)
+    assert failure.fused.max_ulp == pytest.approx(1e-3 * 2.0**23, rel=0.6)  # of the others
+    assert ": 1 of 16 lost to inf or NaN, " in str(result)
+    (told,) = (r for r in json.loads(result.to_json())["rows"] if not r["ok"])
+    assert (told["worst"]["fused"], told["worst"]["fused_ulp"]) == ("nan", "inf")
+
+
+def test_many_failures_are_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LUCK", 0.0)
+    monkeypatch.setattr(module, "SLACK", -20.0)
+    result = fastelbo.compare(dtype="float32", shape=(3, 4), logvar_range=(-1.0, 1.0))
+    kinds = sum(len(op.results) + len(op.learned) for op in OPS)
+    assert len(result.failures) == kinds
+    head, verdict, *told = str(result).splitlines()
+    assert head.startswith(f"{kinds} results, seed 0. Bound: ")
+    assert verdict == f"{kinds} are NOT within it. The worst of each kind:"
+    assert len(told) == module.TOLD + 1
+    assert told[-1] == f"and {kinds - module.TOLD} more kinds"
+
+
+def test_what_eager_alone_loses_is_no_failure(command: Command) -> None:
+    result = fastelbo.compare("elbo_loss", "float16", SMALL, (-80.0, 80.0))
+    loss = the(result, "elbo_loss/element", "loss")
+    assert (loss.eager.lost, loss.fused.lost) == (1, 0)
+    assert math.isnan(loss.eager.max_ulp)
+    assert loss.fused.max_ulp < 4
+    assert result.ok
+    result = fastelbo.compare("gaussian_nll/logvar", "float16", SMALL, (-80.0, 80.0))
+    slope = the(result, "gaussian_nll/logvar", "d recon")
+    assert 0 < slope.eager.lost < slope.elements
+    assert slope.fused.lost == 0
+    assert result.ok
+    # In the table too, of a result all of which is lost.
+    status, out, err = command("--op", "elbo_loss/element", "--dtype", "float16", "--shape", "16,50", "--logvar-range", "-80", "80")
+    assert (status, err) == (0, "")
+    (line,) = (line.split() for line in out.splitlines() if line.startswith("   loss "))
+    assert line[4:7] == ["inf", "inf", "inf"]
+
+
+def test_the_bound_is_what_it_says() -> None:
+    result = fastelbo.compare("gaussian_kl", "float32", SMALL, (-20.0, 20.0), seed=5)
+    plain = the(result, "gaussian_kl/standard", "kl")
+    assert plain.allowed_max_ulp == pytest.approx(1.5 * plain.eager.max_ulp + 2 + 0.5 * math.log2(50))
+    assert plain.allowed_mean_ulp == pytest.approx(1.5 * plain.eager.mean_ulp + 2 + 0.5 * math.log2(50))
+    mean = the(result, "gaussian_kl/prior", "d mu")
+    assert mean.allowed_max_ulp == pytest.approx(1.5 * mean.eager.max_ulp + 2)
+
+
+def test_a_seed_gives_the_same_figures() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    a, b, c = (fastelbo.compare("elbo_terms", shape=SMALL, seed=seed).to_json() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert a == b != c
+    # An op's inputs do not depend on what else is compared.
+    alone, among = (fastelbo.compare(op, shape=SMALL).rows for op in ("gaussian_kl/prior", "gaussian_kl"))
+    assert alone == [row for row in among if row.op == "gaussian_kl/prior"]
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------------------
+
+
+def test_python_interface() -> None:
+    result = fastelbo.compare("reparameterize", torch.float32, SMALL, (-1.0, 1.0), seed=3)
+    assert result.ok
+    assert result.failures == []
+    assert [row.result for row in result.rows] == ["z", "d mu", "d logvar"]
+    assert {(r.backend, r.device, r.dtype, r.shape, r.logvar_range, r.elements) for r in result.rows} == {
+        ("torch", "cpu", "float32", SMALL, (-1.0, 1.0), 800)
+    }
+    assert str(result) == f"3 results, seed 3. {BOUND}\nAll are within it."
+    assert repr(result) == "Comparison(seed=3)"
+
+
+def test_default_cases() -> None:
+    cases = module.plan()
+    assert {(c.shape, c.logvar_range) for c in cases if c.dtype == torch.bfloat16} == {
+        (shape, r) for shape in module.SHAPES for r in module.RANGES
+    }
+    # More than the backend takes in one block, of the likelihood in float32 too.
+    assert math.prod(module.LARGE) * 4 > eager.BLOCK
+    large = [c for c in cases if c.shape == module.LARGE]
+    assert {c.op.name for c in large} == {op.name for op in OPS}
+    assert {(c.dtype, c.logvar_range) for c in large} == {(torch.float32, (-10.0, 10.0))}
+
+
+IMPOSSIBLE = [
+    (["--op", "nll"], "op 'nll' is unknown: choose one of reparameterize, reparameterize_kl, gaussian_kl, gaussian_nll, "),
+    (["--dtype", "float8"], "dtype 'float8' is unknown: choose one of float32, bfloat16, float16, float64"),
+    (["--shape", "3,0"], "shape (3, 0) is impossible: give the batch and any more dimensions, each at least 1"),
+    (["--shape", "-3"], "shape (-3,) is impossible"),
+    (["--shape", "3x4"], "shape must be numbers with commas between them, such as 64,784, got '3x4'"),
+    (["--shape", ""], "shape must be numbers with commas between them"),
+    (["--shape", "100000,100000"], "shape (100000, 100000) has 10,000,000,000 elements, which is more than 16,777,216"),
+    (["--logvar-range", "3", "-3"], "logvar_range must be two finite numbers, the smaller first, got (3.0, -3.0)"),
+    (["--logvar-range", "0", "nan"], "logvar_range must be two finite numbers"),
+    (["--seed", "-1"], "seed must be from 0 to 2^63 - 2, got -1"),
+    (["--json", "nowhere/x.json"], "cannot write nowhere/x.json: there is no folder nowhere"),
+    (["--json", "."], "cannot write .: it is a folder"),
+    (["--plot", "errors.txt"], "cannot draw errors.txt: its name must end in one of "),
+    (["--tensors", "nowhere.pt"], "[Errno 2] No such file or directory: 'nowhere.pt'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), IMPOSSIBLE, ids=[" ".join(argv) for argv, _ in IMPOSSIBLE])
+def test_what_cannot_be_compared(
+    argv: list[str], message: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fastelbo: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("missing", "argv", "message"),
+    [
+        ("rich", (), 'compare needs rich: pip install "fastelbo[cli]"'),
+        ("matplotlib", ("--plot", "x.png"), '--plot needs matplotlib: pip install "fastelbo[demo]"'),
+    ],
+)
+def test_extras(missing: str, argv: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    installed = cli.is_installed
+    monkeypatch.setattr(cli, "is_installed", lambda name: name != missing and installed(name))
+    assert command(*argv) == (2, "", f"fastelbo: {message}\n")
+
+
+def test_nothing_to_plot(command: Command, tmp_path: Path) -> None:
+    status, out, err = command("--op", "gaussian_nll/fixed", "--shape", "3,4", "--plot", tmp_path / "x.png")
+    assert status == 2
+    assert "All are within it." in out
+    assert err == "fastelbo: nothing to plot: no result that was compared has an element for each log-variance\n"
+
+
+# ---- the user's own tensors ------------------------------------------------------------------------------------------------------
+
+
+def own() -> dict[str, torch.Tensor]:
+    """As a model may leave them: halves of packed moments, a learned scalar, mixed dtypes."""
+    mu, logvar = torch.randn(4, 12, requires_grad=True).chunk(2, 1)
+    x = torch.rand(4, 9)
+    scalar = torch.nn.Parameter(torch.tensor(-1.0))
+    return {"mu": mu, "logvar": logvar, "recon": x.bfloat16() + 0.1, "x": x, "recon_logvar": scalar}
+
+
+def test_own_tensors(command: Command, tmp_path: Path) -> None:
+    mine = own()
+    torch.save(mine, tmp_path / "batch.pt")
+    status, _, err = command("--tensors", tmp_path / "batch.pt", "--json", tmp_path / "f.json")
+    assert (status, err) == (0, "")
+    rows = {(r["op"], r["result"]): r for r in json.loads((tmp_path / "f.json").read_text())["rows"]}
+    v = {name: t.detach().double() for name, t in mine.items()}
+    # Every op whose arguments are there. The logvar is the posterior's, so gaussian_nll/logvar is not one of them.
+    assert {op for op, _ in rows} == {
+        "gaussian_kl/standard", "gaussian_nll/fixed", "elbo_terms", "elbo_loss/fixed", "elbo_loss/element", "elbo_loss/scalar",
+    }  # fmt: skip
+    loss = rows["elbo_loss/scalar", "loss"]
+    exact = fastelbo.elbo_loss(v["recon"], v["x"], v["mu"], v["logvar"], recon_logvar=v["recon_logvar"], impl="reference")
+    assert loss["worst"]["exact"] == pytest.approx(float(exact), rel=1e-12)
+    assert (loss["dtype"], loss["logvar_range"]) == ("bfloat16+float32", None)
+    nll = rows["gaussian_nll/fixed", "nll"]["worst"]
+    terms = fastelbo.gaussian_nll(v["recon"], v["x"], logvar=FIXED, impl="reference")
+    assert nll["exact"] == pytest.approx(float(terms[nll["index"]]), rel=1e-12)
+    assert rows["elbo_loss/scalar", "d recon_logvar"]["elements"] == 1
+
+
+def test_own_tensors_in_another_dtype() -> None:
+    mine = {name: t for name, t in own().items() if name in ("mu", "logvar")}
+    before = {name: t.detach().clone() for name, t in mine.items()}
+    result = fastelbo.compare(dtype="float16", tensors=mine)
+    assert result.ok
+    assert {(row.op, row.dtype) for row in result.rows} == {("gaussian_kl/standard", "float16")}
+    worst = the(result, "gaussian_kl/standard", "d mu").worst
+    assert worst.inputs["mu"] == float(before["mu"].half()[worst.index])
+    assert all(torch.equal(mine[name], before[name]) for name in mine)
+
+
+def test_nan_in_own_tensors_is_no_error() -> None:
+    mu = torch.randn(4, 6)
+    mu[1, 2] = math.nan
+    result = fastelbo.compare(tensors={"mu": mu, "logvar": torch.randn(4, 6)})
+    assert result.ok
+    assert {row.fused.lost for row in result.rows} == {0}
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harmed",)
+
+
+PAIR = {"mu": torch.zeros(2, 3), "logvar": torch.zeros(2, 3)}
+IMAGE = {"recon": torch.zeros(2, 4), "x": torch.zeros(2, 4)}
+UNFIT = {
+    "empty": (b"", (), " is damaged, or holds more than tensors, which could run code and is not loaded"),
+    "garbage": (b"garbage", (), " is damaged, or holds more than tensors, which could run code and is not loaded"),
+    "malicious": ({"mu": Malicious()}, (), " is damaged, or holds more than tensors, which could run code and is not loaded"),
+    "no dict": ([torch.zeros(2)], (), " holds a list: expected a dict of tensors by argument name"),
+    "nothing": ({}, (), "gaussian_kl/standard needs mu, logvar too: given are no tensors"),
+    "unknown": ({**PAIR, "sigma": torch.ones(2)}, (), "no op takes a tensor named sigma: names are those of arguments, mu, "),
+    "missing": ({"mu": torch.zeros(2)}, ("--op", "gaussian_kl"), "gaussian_kl/standard needs logvar too: given are mu"),
+    "unused": ({**PAIR, "recon": torch.zeros(2, 4)}, (), "recon is of no use alone: gaussian_nll/fixed needs x too"),
+    "text": ({**PAIR, "logvar": "high"}, (), "logvar must be a torch.Tensor, got str"),
+    "integers": (
+        {**PAIR, "mu": torch.zeros(2, 3, dtype=torch.int64)}, (), "mu must be float16, bfloat16, float32 or float64, got "
+    ),
+    "shapes": (
+        {**PAIR, "mu": torch.zeros(2, 4)}, (), "logvar has shape (2, 3), but mu has shape (2, 4): they must be equal"
+    ),
+    "no elements": (
+        {"mu": torch.zeros(0, 4), "logvar": torch.zeros(0, 4)}, (), "mu has shape (0, 4): there is nothing to compare"
+    ),
+    "drawn too": (PAIR, ("--shape", "3,4"), "shape and logvar_range are of drawn inputs, and tensors are given: "),
+    "no scalar": (
+        {**PAIR, **IMAGE, "recon_logvar": torch.zeros(2, 4)}, ("--op", "elbo_loss/scalar"),
+        "elbo_loss/scalar takes recon_logvar as one number, a 0-d tensor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", UNFIT)
+def test_unfit_tensors(which: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, options, message = UNFIT[which]
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("file.pt").write_bytes(content)
+    else:
+        torch.save(content, "file.pt")
+    status, out, err = command("--tensors", "file.pt", *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("fastelbo: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("harmed").exists()
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(NO_KERNELS is not None, reason=str(NO_KERNELS))
+def test_the_triton_backend_is_compared_where_it_is_present() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = fastelbo.compare("elbo_loss/element", shape=(3, 40), logvar_range=(-5.0, 5.0))
+    assert {(row.backend, row.device) for row in result.rows} == {("torch", "cpu"), ("triton", device)}
+    assert result.ok, str(result)
+    loss = {row.backend: row.worst for row in result.rows if (row.result, row.dtype) == ("loss", "float32")}
+    assert loss["torch"].exact == loss["triton"].exact
+    assert loss["triton"].fused == pytest.approx(loss["torch"].exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(("gpu", "interpreted", "device"), [(False, False, None), (False, True, "cpu"), (True, False, "cuda")])
+def test_backends_present(gpu: bool, interpreted: bool, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(module.backend, "has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    assert module.backends() == [("torch", CPU), *([("triton", torch.device(device))] if device else [])]
+    monkeypatch.setattr(module.backend, "has_triton", lambda: False)
+    assert module.backends() == [("torch", CPU)]
