@@ -212,7 +212,7 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     buffer = held.get(slot)
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):
-            buffer = held[slot] = torch.empty(BLOCK, dtype=torch.uint8)
+            buffer = held[slot] = torch.empty(size, dtype=torch.uint8)
     return buffer[:size].view(dtype).view(like.shape)
 
 
@@ -495,7 +495,8 @@ def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Te
         back = v - logvar
         low = (logvar - (v - back)) - (prior_logvar + back)
         more = (expm1 + 1.0) * low
-        expm1, rest = torch.where(more.isfinite(), expm1 + more, expm1), torch.where(more.isfinite(), rest + expm1 * low, rest)
+        finite = more.abs() < math.inf
+        expm1, rest = torch.where(finite, expm1 + more, expm1), torch.where(finite, rest + expm1 * low, rest)
     return expm1, rest
 
 
@@ -560,20 +561,22 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             else:
                 exact, rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))
                 expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
-            if want_terms:
+            if want_terms and not fast:
+                core = torch.addcmul(rest, d, pull) if rest.dtype == acc else rest.add_(d * pull)
+                sums, fill = _weighed_sum(core, weight, dims)
+                sums = sums if dims else core.to(acc)
+            elif want_terms:
                 # No part is negative: summed apart, they lose nothing.
                 if pull is d and weight is None:
                     quad, fill = _sum_squares(d, dims), False
                 else:
                     quad, fill = _weighed_sum(torch.mul(d, pull, out=spare), weight, dims)
-                if fast:
-                    rest = torch.sub(expm1, v, out=spare)
-                rest, filled = _weighed_sum(rest, weight, dims)
-                if fast and not _is_exact(rest, rest + quad, count):
+                rest, filled = _weighed_sum(torch.sub(expm1, v, out=spare), weight, dims)
+                if not _is_exact(rest, rest + quad, count):
                     rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))[1]
                     rest, filled = _weighed_sum(rest, weight, dims)
                 fill = fill or filled
-                sums = rest + quad if dims else torch.add(rest, quad).to(acc)
+                sums = rest + quad
             if want_slopes:
                 if need_prior_logvar:
                     curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar)
