@@ -28,7 +28,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "fastelbo": fastelbo.__version__,
         "commit": commit(),
         "python": versions["python"],
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
