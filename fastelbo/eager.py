@@ -1,7 +1,7 @@
 """The plain-PyTorch backend: analytic gradients, in blocks that stay in cache.
 
 On a CPU a large loss is bound by memory, and by the faulting in of fresh pages above all. So each pass walks its inputs in blocks
-of `BLOCK` elements whose temporaries are reused from cache, and writes gradients straight into their final buffers. On other
+of `BLOCK` bytes whose temporaries are reused from cache, and writes gradients straight into their final buffers. On other
 devices, and under torch.compile (where Inductor fuses the expressions itself), a pass is one block: the same lines, no loop.
 
 `fastelbo.kernels` has the same functions with the same signatures. Their arguments mean the same everywhere:
@@ -35,8 +35,7 @@ from torch import Tensor
 from .noise import sample_noise
 from .reference import LOG_2PI, accumulate_dtype
 
-# Bytes of one temporary: enough to amortise starting the threads, few enough for a handful of them to stay in the outer caches. In
-# float32, blocks of 64 K elements took 1.35 times as long as these of 512 K, larger ones as long.
+# Bytes of one temporary: enough to amortise starting the threads, few enough for a handful of them to stay in the outer caches.
 BLOCK = 1 << 21
 
 # Squares are summed in runs of this many, and the runs in float64: one float32 sum over millions would lose digits.
@@ -254,7 +253,7 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def _factor(value: Factor, like: Tensor) -> Factor:
-    """A factor for `like` as a kept 0-d tensor, which costs an operation half of what a Python number does."""
+    """A factor for `like` as a kept 0-d tensor, which costs an operation less than a Python number does."""
     return _constant(value, like.dtype) if isinstance(value, float) and _readable(like) else value
 
 
@@ -273,7 +272,7 @@ def _wide_weight(weight: Tensor | None, acc: torch.dtype) -> Tensor | None:
 
 
 def _weigh(t: Tensor, weight: Tensor | None, fill: bool) -> Tensor:
-    """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes several times as long."""
+    """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes much longer."""
     if weight is None:
         return t
     t.mul_(weight)
@@ -509,7 +508,7 @@ def _is_exact(rest: Any, total: Any, count: int) -> bool:
     floor = 2**-23 * count
     if isinstance(total, float):
         return floor + math.sqrt(2 * count * max(rest, 0.0)) <= 2 * total
-    # One number for each row: numpy's operations on a few take a third of the time of torch's.
+    # One number for each row: numpy's operations on a few cost less than torch's.
     return bool((0.5 * floor + math.sqrt(0.5 * count) * np.sqrt(np.maximum(rest.numpy(), 0.0)) <= total.numpy()).all())
 
 

@@ -282,6 +282,16 @@ def test_the_bound_is_what_it_says() -> None:
     assert mean.allowed_max_ulp == pytest.approx(1.5 * mean.eager.max_ulp + 2)
 
 
+def test_kl_far_from_a_learned_prior() -> None:
+    """v = logvar - prior_logvar is rounded; at |v| = 50 that alone would move e^v by some 30 ulp."""
+    result = fastelbo.compare("gaussian_kl/prior", "float32", (200, 1), (-50.0, 50.0))
+    assert {row.backend for row in result.rows} >= {"torch"}
+    for name in ("kl", "d logvar", "d prior_logvar"):
+        for row in result.rows:
+            if row.result == name:
+                assert row.fused.max_ulp < 3, (row.backend, name, row.fused.max_ulp)
+
+
 def test_a_seed_gives_the_same_figures() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     a, b, c = (fastelbo.compare("elbo_terms", shape=SMALL, seed=seed).to_json() for seed in (1, 1, 2))
