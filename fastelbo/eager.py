@@ -318,7 +318,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
     learned = var if isinstance(var, Tensor) else None
     if learned is not None and learned.numel() == 1 and kind == "logvar" and weight is None and _readable(learned):
-        var = float(learned)
+        var = float(learned) if 1e-30 < 0.5 * _exp(-float(learned)) < 1e30 else learned
     fixed = not isinstance(var, Tensor)
     factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
     if fixed:
@@ -633,6 +633,8 @@ def latent_backward(
     """Gradients of mu, logvar and the prior. `out` holds buffers for those of mu and logvar, of any strides."""
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     up = None if grad_kl is None else _upstream(grad_kl, scale, mu.shape, keep, acc)
+    if grad_kl is None:
+        needs = (*needs[:2], False, False)
     grad_z_eps = None
     if grad_z is not None:
         grad_z = grad_z.to(acc)
@@ -653,6 +655,7 @@ def elbo_forward(
     """loss = nll + beta * kl, both terms (scaled totals), and the loss's gradients, written in the pass that reads the inputs."""
     acc = accumulate_dtype(recon, x, var, mu, logvar, prior_mu, prior_logvar)
     nll_scale, beta, prior = _number(nll_scale), _number(beta), (prior_mu, prior_logvar)
+    beta = _as(beta, acc) if isinstance(beta, Tensor) else beta  # not a product in half precision
     nll, of_nll = _nll(recon, x, var, weight, "logvar", full, 0.0, 0, nll_scale, nll_scale, needs[:3], True, acc)
     kl, of_kl = _kl(mu, logvar, *prior, None, clamp, 0, kl_scale, kl_scale * beta, None, None, needs[3:], True, acc)
     return _tensor(nll + beta * kl, acc), nll, kl, (*of_nll, *of_kl)

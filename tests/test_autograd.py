@@ -670,3 +670,28 @@ def test_backward_in_another_thread(backend: Backend) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(loss.backward).result()
     assert_grads({n: t.grad for n, t in v.items()}, expected(values))
+
+
+# ---- what once crashed -----------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+def test_only_the_sample_in_the_loss(backend: Backend) -> None:
+    """A learned prior gets nothing from z."""
+    mu, logvar, prior_mu, prior_logvar = (torch.randn(3, 5).to(backend.device).requires_grad_() for _ in range(4))
+    z, _ = fastelbo.reparameterize_kl(mu, logvar, prior_mu, prior_logvar, seed=1, impl=backend.impl)
+    z.sum().backward()
+    assert torch.equal(mu.grad, torch.ones_like(mu))
+    assert prior_mu.grad is None or not prior_mu.grad.any()
+    assert prior_logvar.grad is None or not prior_logvar.grad.any()
+
+
+@pytest.mark.parametrize("value", [-75.0, 75.0])
+@each_backend
+def test_one_extreme_learned_log_variance(backend: Backend, value: float) -> None:
+    recon, x = (torch.randn(3, 5).to(backend.device) for _ in range(2))
+    logvar = torch.tensor(value, device=backend.device, requires_grad=True)
+    wide = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    fastelbo.gaussian_nll(recon, x, logvar=logvar, reduction="sum", impl=backend.impl).backward()
+    fastelbo.gaussian_nll(recon.cpu().double(), x.cpu().double(), logvar=wide, reduction="sum", impl="reference").backward()
+    torch.testing.assert_close(logvar.grad.cpu().double(), wide.grad, rtol=1e-5, atol=0)
