@@ -531,13 +531,14 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         lv = wide = _as(logvar, acc)
         if clamp is not None:
             lv = torch.clamp(wide, *clamp)
+        prior_logvar = None if prior_logvar is None else _as(prior_logvar, acc)
         rate = up if factors is None else factors
         sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
         fill = True
         rest: Any = None
         if want_slopes or want_terms:
             spare = _scratch(lv, acc, 0) if dims else None
-            v = lv if prior_logvar is None else torch.sub(lv, _as(prior_logvar, acc), out=_scratch(lv, acc, 1))
+            v = lv if prior_logvar is None else torch.sub(lv, prior_logvar, out=_scratch(lv, acc, 1))
             of_expm1 = of_logvar if want_slopes and need_logvar else None if want_slopes else _scratch(lv, acc, 2)
             d = pull = _as(mu, acc)
             if prior_mu is not None:
@@ -545,7 +546,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 d = pull = torch.sub(d, _as(prior_mu, acc), out=of_d)
             if prior_logvar is not None:
                 of_pull = of_mu if want_slopes and need_mu else None
-                pull = torch.exp(_as(prior_logvar, acc), out=of_pull)
+                pull = torch.exp(prior_logvar, out=of_pull)
                 pull = torch.div(d, pull, out=pull)
             on_host = acc == torch.float32 and _readable(lv)
             near = on_host and (prior_logvar is None or _is_near(v))
@@ -558,7 +559,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             if near and (fast or not want_terms):
                 expm1 = torch.expm1(v, out=of_expm1)
             else:
-                exact, rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))
+                exact, rest = exact_parts(lv, prior_logvar)
                 expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
             if want_terms and not fast:
                 core = torch.addcmul(rest, d, pull) if rest.dtype == acc else rest.add_(d * pull)
@@ -572,7 +573,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                     quad, fill = _weighed_sum(torch.mul(d, pull, out=spare), weight, dims)
                 rest, filled = _weighed_sum(torch.sub(expm1, v, out=spare), weight, dims)
                 if not _is_exact(rest, rest + quad, count):
-                    rest = exact_parts(lv, None if prior_logvar is None else _as(prior_logvar, acc))[1]
+                    rest = exact_parts(lv, prior_logvar)[1]
                     rest, filled = _weighed_sum(rest, weight, dims)
                 fill = fill or filled
                 sums = rest + quad
