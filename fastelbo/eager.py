@@ -28,7 +28,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +45,7 @@ _MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64
 Factor = float | Tensor
 Sums = float | Tensor
 Grads = tuple[Tensor | None, ...]
+Dims = tuple[int, ...] | None
 
 
 # ---- walking the inputs in blocks ------------------------------------------------------------------------------------------------
@@ -90,38 +90,50 @@ class _Blocks:
 
 
 def _run(
-    block: Callable[..., tuple[Sums | None, list[Tensor | None]]],
+    block: Callable[..., tuple[Sums | None, Sequence[Tensor | None]]],
     inputs: Sequence[Tensor | None],
     constants: Sequence[Tensor | None],
     needs: Sequence[bool],
-    shape: torch.Size,
     keep: int,
     size: int,
-    buffers: Sequence[Tensor | None],
+    acc: torch.dtype,
+    buffers: Sequence[Tensor | None] | None = None,
 ) -> tuple[Sums | None, Grads]:
     """Run `block(*inputs, *constants, outs, dims)` over blocks of `size` elements, and put the results together.
 
     A block returns its terms summed over `dims` (or None) and, for each input that `needs` names, the gradient of the block's
-    shape: written to the buffer in `outs` where there is one (`buffers` has the caller's own). An input that broadcasts has none;
-    its shares are summed to its own shape here.
+    shape. `dims` is None for a total that can be read, which is then a number. `outs` has a buffer in which a gradient may be made
+    from what leads to it (a page that is not touched is time that is not spent), or None; `buffers` has the caller's own. The
+    gradient of an input that broadcasts is summed to its own shape here.
     """
-    if inputs[0].numel() <= size or not inputs[0].is_cpu or torch.compiler.is_compiling():
-        total, shares = block(*inputs, *constants, buffers, tuple(range(keep, len(shape))))
+    shape = inputs[0].shape
+    host = _readable(inputs[0])
+    dims = None if host and keep == 0 else tuple(range(keep, len(shape)))
+    if not host or inputs[0].numel() <= size:
+        outs = (None,) * len(inputs) if buffers is None else [_usable(b, acc) for b in buffers]
+        total, shares = block(*inputs, *constants, outs, dims)
+        if buffers is not None:
+            shares = [g if b is None or g is b else b.copy_(g) for g, b in zip(shares, buffers, strict=True)]
         return total, tuple([_like(g, t) if w else None for g, t, w in zip(shares, inputs, needs, strict=True)])
 
-    blocks = _Blocks(shape, keep, size, (*inputs, *constants, *buffers))
     full = [w and t.shape == shape for t, w in zip(inputs, needs, strict=True)]
+    buffers = buffers or (None,) * len(inputs)
+    blocks = _Blocks(shape, keep, size, (*inputs, *constants, *buffers))
     grads = [
         b if b is not None else torch.empty_like(t) if f else _zeros_to_sum(t, blocks) if w else None
         for t, f, w, b in zip(inputs, full, needs, buffers, strict=True)
     ]
     seen = [blocks.cut(blocks.see(t)) for t in (*inputs, *constants)]
     outs = [blocks.cut(blocks.see(g) if f else None) for g, f in zip(grads, full, strict=True)]
+    ready = [f and _usable(g, acc) is not None for g, f in zip(grads, full, strict=True)]
     shared = {i: blocks.cut(g) for i, (g, f, w) in enumerate(zip(grads, full, needs, strict=True)) if w and not f}
     sums: list[Any] = []
     for at, (args, out) in enumerate(zip(zip(*seen, strict=True), zip(*outs, strict=True), strict=True)):
-        part, shares = block(*args, out, blocks.dims)
+        part, shares = block(*args, [o if r else None for o, r in zip(out, ready, strict=True)], blocks.dims if dims else dims)
         sums.append(part)
+        for g, o in zip(shares, out, strict=True):
+            if o is not None and g is not o:
+                o.copy_(g)
         for i, parts in shared.items():
             here = parts[at]
             here += shares[i].sum_to_size(here.shape)
@@ -150,31 +162,33 @@ def _join(sums: list[Any], blocks: _Blocks, shape: torch.Size) -> Sums:
     return out.view(shape)
 
 
-def _sum(terms: Tensor, dims: tuple[int, ...]) -> Sums:
-    """The sum over the last dimensions `dims`. A total is a number where reading it is free: operations on 0-d tensors are not."""
-    if not dims:
-        return terms
-    if len(dims) < terms.ndim or not _readable(terms):
-        return terms.sum(dims)
-    return float(terms.sum())
+def _sum(terms: Tensor, dims: Dims) -> Sums:
+    """The sum over the last dimensions `dims`, or, for None, over all of them as a number: operations on 0-d tensors are not free."""
+    if dims is None:
+        return terms.sum().item()
+    return terms.sum(dims) if dims else terms
 
 
-def _sum_squares(t: Tensor, dims: tuple[int, ...]) -> Sums:
+def _sum_squares(t: Tensor, dims: Dims) -> Sums:
     """As `_sum`, of t^2, reading t once and writing nothing where t is dense."""
-    if not dims or not t.is_contiguous() or not _readable(t):
+    if dims == () or not t.is_contiguous() or not _readable(t):
         return _sum(t * t, dims)
-    if len(dims) == t.ndim:
+    if dims is None:
         if t.numel() <= 16 * RUN:
-            norm = float(torch.linalg.vector_norm(t))
+            norm = torch.linalg.vector_norm(t).item()
             return norm * norm
         flat, over = t.view(-1), t.numel() % RUN
         norms = torch.linalg.vector_norm((flat[:-over] if over else flat).view(-1, RUN), dim=1).double()
-        return float(torch.dot(norms, norms)) + (_sum_squares(flat[-over:], (0,)) if over else 0.0)
+        return torch.dot(norms, norms).item() + (_sum_squares(flat[-over:], None) if over else 0.0)
     rows = t.flatten(dims[0])
     whole = rows.shape[-1] // RUN * RUN
     norms = torch.linalg.vector_norm(rows[..., :whole].unflatten(-1, (-1, RUN)), dim=-1).double()
     rest = rows[..., whole:].double()
     return (norms * norms).sum(-1) + (rest * rest).sum(-1)
+
+
+def _count(t: Tensor, dims: Dims) -> int:
+    return t.numel() if dims is None else math.prod([t.shape[i] for i in dims])
 
 
 def _readable(t: Tensor) -> bool:
@@ -220,12 +234,9 @@ def _usable(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return out if out is not None and out.dtype == dtype and _readable(out) else None
 
 
-def _mul(a: Tensor, b: Factor, out: Tensor | None) -> Tensor:
-    """a * b, straight into its final buffer in one pass where the dtype allows. Without a buffer, a, a temporary, becomes it."""
-    if out is None or out is a:
-        return a if isinstance(b, float) and b == 1.0 else a.mul_(_factor(b, a))
-    b = _factor(b, a)
-    return torch.mul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a.mul_(b))
+def _times(t: Tensor, factor: Factor) -> Tensor:
+    """A temporary times a factor, in place."""
+    return t if isinstance(factor, float) and factor == 1.0 else t.mul_(_factor(factor, t))
 
 
 def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Factor:
@@ -267,24 +278,31 @@ def _number(value: Factor) -> Factor:
 
 
 def _wide_weight(weight: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """A bool or half-precision weight as numbers of the terms' dtype: multiplying by it would convert what it broadcasts to."""
-    return weight if weight is None or weight.dtype.itemsize >= 4 else weight.to(acc)
+    """A half-precision weight in the terms' dtype: multiplying by it would convert what it broadcasts to. On a CPU a bool one too."""
+    if weight is None or weight.dtype.itemsize >= 4 or (weight.dtype == torch.bool and not _readable(weight)):
+        return weight
+    return weight.to(acc)
 
 
 def _weigh(t: Tensor, weight: Tensor | None, fill: bool) -> Tensor:
-    """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes much longer."""
+    """A temporary times the weights, in place. With `fill`, NaN under a weight of 0 vanishes, which takes much longer on a CPU."""
     if weight is None:
         return t
+    if weight.dtype == torch.bool:
+        return torch.where(weight, t, 0.0)
     t.mul_(weight)
     return t.masked_fill_(weight == 0, 0.0) if fill else t
 
 
-def _weighed_sum(terms: Tensor, weight: Tensor | None, dims: tuple[int, ...]) -> tuple[Sums, bool]:
+def _weighed_sum(terms: Tensor, weight: Tensor | None, dims: Dims) -> tuple[Sums, bool]:
     """The sum of weighed terms, and whether what lies under a weight of 0 must be filled: a sum that is finite has seen no NaN."""
-    sums = _sum(_weigh(terms, weight, fill=not dims), dims)
-    if weight is None or not dims:
-        return sums, weight is not None
-    if math.isfinite(sums) if isinstance(sums, float) else _readable(sums) and bool(sums.isfinite().all()):
+    if weight is None:
+        return _sum(terms, dims), False
+    host = _readable(weight)
+    sums = _sum(_weigh(terms, weight, fill=dims == () or not host), dims)
+    if dims == () or not host:
+        return sums, True
+    if math.isfinite(sums) if isinstance(sums, float) else bool(sums.isfinite().all()):
         return sums, False
     return _sum(terms.masked_fill_(weight == 0, 0.0), dims), True
 
@@ -316,21 +334,21 @@ def _early(inputs: Sequence[Any], needs: Sequence[bool], shape: torch.Size, keep
 
 def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
-    learned = var if isinstance(var, Tensor) else None
-    if learned is not None and learned.numel() == 1 and kind == "logvar" and weight is None and _readable(learned):
-        var = float(learned) if 1e-30 < 0.5 * _exp(-float(learned)) < 1e30 else learned
     fixed = not isinstance(var, Tensor)
-    factor, constant = 0.5, 0.5 * LOG_2PI if full else 0.0
+    constant = 0.5 * LOG_2PI if full else 0.0
+    if weight is None and (fixed or (var.numel() == 1 and kind == "logvar" and _readable(var))):
+        value = var if fixed else float(var)
+        factor = 0.5 * _exp(-value)
+        if 1e-30 < factor < 1e30:
+            learned, shift = None if fixed else var, (constant + 0.5 * value) / factor
+            return _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc)
+    factor = 0.5
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
-    # terms = factor * (core + shift), and the factor is left to the sums. With weights, or a variance so extreme that there is no
-    # such shift, terms are finished one by one.
-    shift = constant / factor if 1e-30 < factor < 1e30 and weight is None else None
     need_recon, need_x, need_var = needs
 
     def block(recon, x, var, weight, factors, outs, dims):
-        # The gradients' own buffers hold what leads to them: a page that is not touched is time that is not spent.
-        of_recon, of_var = _usable(outs[0], acc), _usable(outs[2], acc)
+        of_recon, of_x, of_var = outs
         recon, x = _as(recon, acc), _as(x, acc)
         rate = up if factors is None else factors
         sums = g_recon = g_x = g_var = None
@@ -339,7 +357,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
 
         # The residual d, and ratio = d / variance.
         if fixed:
-            d = ratio = torch.sub(recon, x, out=of_recon if need_recon else _scratch(recon, acc, 1))
+            d = ratio = torch.sub(recon, x, out=of_recon)
         else:
             d = torch.sub(recon, x, out=of_var if need_var else _scratch(recon, acc, 0))
             if kind == "logvar":
@@ -358,69 +376,87 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 variance = torch.clamp(raw, min=eps).masked_fill(raw < 0, math.nan)
                 ratio, level = d / variance, torch.log(variance) if want_terms else None
 
-        # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
-        where = _scratch(d, acc, 0) if dims else None
-        count = math.prod([d.shape[i] for i in dims])
-        if fixed and shift is not None:
-            # Squares are summed apart from what they are added to, which is a matter of numbers: unless the two cancel.
-            squares = _sum_squares(d, dims) if want_terms or need_var else None
-            if want_terms:
-                sums = squares + shift * count
-                if shift < 0.0 and not _holds(sums, squares, count):
-                    sums = _sum(torch.mul(d, d, out=where).add_(shift), dims)
-            if need_var:
-                slope = count - 2 * factor * squares
-                if not _holds(slope, 2 * factor * squares, count):
-                    slope = _sum(torch.mul(d, d, out=where).mul_(-2 * factor).add_(1.0), dims)
-                # An upstream gradient is the same all along `dims`.
-                each: Any = rate
-                for _ in dims if isinstance(rate, Tensor) and rate.ndim else ():
-                    each = each.select(-1, 0)
-                g_var = _tensor(slope * (0.5 * each), torch.float64)
-        elif want_terms:
+        if want_terms:
+            # Terms that are summed at once may lie in memory that the next block, or the next call, takes again.
+            where = _scratch(d, acc, 0) if dims != () else None
             if fixed:
-                core = torch.mul(d, d, out=where)
-            elif shift and level.shape != d.shape:
-                core = torch.addcmul(level + shift, d, ratio, out=where)
+                core = torch.mul(d, d, out=where).mul_(factor).add_(constant)
+            elif weight is not None:
+                core = torch.addcmul(level, d, ratio, out=where).mul_(factor).add_(constant)
+            elif constant and level.shape != d.shape:
+                core = torch.addcmul(level + constant / factor, d, ratio, out=where)
             else:
                 core = torch.addcmul(level, d, ratio, out=where)
-            if shift is None:
-                core.mul_(factor).add_(constant)
-            elif shift and level.shape == d.shape:
-                core.add_(shift)
+                core = core.add_(constant / factor) if constant else core
             sums, fill = _weighed_sum(core, weight, dims)
 
-        if need_var and not fixed:
+        if need_var:
             if kind == "logvar" and weight is None and factors is None:
-                half = d.new_full((), 0.5 * rate)
+                half = _factor(0.5 * rate, d)
+                half = half if isinstance(half, Tensor) else d.new_full((), half)
                 g_var = torch.addcmul(half, d, ratio, value=-0.5 * rate, out=d)
-                g_var = g_var if outs[2] is None or g_var is outs[2] else outs[2].copy_(g_var)
             else:
                 slope = d.mul_(ratio).neg_().add_(1.0)
                 if kind != "logvar":
                     slope /= std if kind == "std" else variance
                     fill = True  # of a variance that is next to 0 the terms may be finite
-                g_var = _mul(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5, outs[2])
+                g_var = _times(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5)
         if need_recon or need_x:
             ratio = _weigh(ratio, weight, fill)
             rate = rate * (2 * factor) if fixed else rate
         if need_x:
-            # Not from recon's gradient, which may have been rounded to recon's dtype.
-            g_x = ratio * -rate
-            if outs[1] is not None:
-                g_x = outs[1].copy_(g_x)
+            g_x = torch.mul(ratio, -rate, out=of_x)
         if need_recon:
-            g_recon = _mul(ratio, rate, outs[0])
-        return sums, [g_recon, g_x, g_var]
+            g_recon = _times(ratio, rate)
+        return sums, (g_recon, g_x, g_var)
 
-    inputs = recon, x, None if learned is None else learned.reshape(()) if fixed else var
+    inputs = recon, x, None if fixed else var
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None
+    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // acc.itemsize, acc)
+    # Without weights, terms lack the factor.
+    return None if sums is None else _scaled(sums, scale if fixed or weight is not None else factor * scale), grads
+
+
+def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
+    """`_nll` of one variance for all, without weights: factor * (d^2 + shift), where d^2 is summed by itself, and the rest is numbers.
+
+    `learned` is the variance where it is a tensor, of one element.
+    """
+    need_recon, need_x, need_var = needs
+
+    def block(recon, x, learned, factors, outs, dims):
+        rate = up if factors is None else factors
+        sums = g_recon = g_x = g_var = None
+        d = torch.sub(_as(recon, acc), _as(x, acc), out=outs[0] if need_recon else _scratch(recon, acc, 1))
+        if want_terms or need_var:
+            squares, count = _sum_squares(d, dims), _count(d, dims)
+            if want_terms:
+                sums = squares + shift * count
+                # What is summed apart is exact, unless the two cancel.
+                if shift < 0.0 and not _holds(sums, squares, count):
+                    sums = _sum((d * d).add_(shift), dims)
+            if need_var:
+                slope = count - 2 * factor * squares
+                if not _holds(slope, 2 * factor * squares, count):
+                    slope = _sum((d * d).mul_(-2 * factor).add_(1.0), dims)
+                # An upstream gradient is the same all along `dims`.
+                each: Any = rate
+                for _ in (dims or ()) if isinstance(rate, Tensor) and rate.ndim else ():
+                    each = each.select(-1, 0)
+                g_var = _tensor(slope * (0.5 * each), torch.float64)
+        if need_x:
+            g_x = torch.mul(d, -2 * factor * rate, out=outs[1])
+        if need_recon:
+            g_recon = _times(d, 2 * factor * rate)
+        return sums, (g_recon, g_x, g_var)
+
+    inputs = recon, x, None if learned is None else learned.reshape(())
     # Squares under a gradient need no temporary, and so little is done with each block that fewer are better.
-    size = BLOCK // acc.itemsize * (8 if fixed and shift is not None and need_recon else 1)
-    sums, grads = _run(block, inputs, constants, needs, recon.shape, keep, size, (None,) * 3)
-    if need_var and learned is not None:
+    size = BLOCK // acc.itemsize * (8 if need_recon else 1)
+    sums, grads = _run(block, inputs, (up if isinstance(up, Tensor) else None,), needs, keep, size, acc)
+    if need_var:
         grads = (*grads[:2], grads[2].reshape(learned.shape))
-    return None if sums is None else _scaled(sums, scale if shift is None else factor * scale), grads
+    return None if sums is None else _scaled(sums, factor * scale), grads
 
 
 def _exp(value: float) -> float:
@@ -448,19 +484,25 @@ def nll_backward(recon, x, var, weight, kind, eps, keep, scale, grad, needs) -> 
 
 # ---- the latent side: sampling and KL --------------------------------------------------------------------------------------------
 
-# (e^v - 1 - v) / v^2 on [-1, 1] as a polynomial in v, constant first: near-minimax (Chebyshev), exact to float32 or float64.
 # fmt: off
-_REST = {
-    torch.float32: (
-        0.499999998, 0.166666666, 0.0416667366, 0.00833333968, 0.00138853969,
-        0.00019838102, 2.53585122e-5, 2.80628026e-6,
-    ),
-    torch.float64: (
-        0.5, 0.16666666666666667, 0.041666666666666667, 0.0083333333333332362, 0.0013888888888888835,
-        0.00019841269841374739, 2.4801587301645516e-5, 2.7557319174051554e-6, 2.7557319196273279e-7, 2.505212058452295e-8,
-        2.0876763758519632e-9, 1.6057448519013339e-10, 1.1469860083749004e-11, 7.7532899090613013e-13, 4.8383974908301086e-14,
-    ),
-}
+
+def _rest_over_square(v: Tensor) -> Tensor:
+    """(e^v - 1 - v) / v^2 on [-1, 1], as a polynomial that is near-minimax (Chebyshev): exact to float32 or float64."""
+    # Literals, since a traced function checks each value that it reads from elsewhere before each call.
+    if v.dtype == torch.float32:
+        coefficients: tuple[float, ...] = (
+            2.80628026e-6, 2.53585122e-5, 0.00019838102, 0.00138853969, 0.00833333968, 0.0416667366, 0.166666666, 0.499999998,
+        )
+    else:
+        coefficients = (
+            4.8383974908301086e-14, 7.7532899090613013e-13, 1.1469860083749004e-11, 1.6057448519013339e-10,
+            2.0876763758519632e-9, 2.505212058452295e-8, 2.7557319196273279e-7, 2.7557319174051554e-6, 2.4801587301645516e-5,
+            0.00019841269841374739, 0.0013888888888888835, 0.0083333333333332362, 0.041666666666666667, 0.16666666666666667, 0.5,
+        )
+    series: Any = coefficients[0]
+    for c in coefficients[1:]:
+        series = series * v + c
+    return series
 
 # fmt: on
 
@@ -483,41 +525,34 @@ def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Te
             rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest)
         return expm1, rest
     v = logvar if prior_logvar is None else logvar - prior_logvar
-    *coefficients, last = _REST[v.dtype]
-    series = torch.full_like(v, last)
-    for c in reversed(coefficients):
-        series = series * v + c
-    expm1 = torch.expm1(v)
-    rest = torch.where(v.abs() < 1, series * v * v, expm1 - v)
-    if prior_logvar is not None:
-        # Far from the prior the rounding of v moves e^v by many times its own: `low` is what v lost (Knuth's two-sum).
+    series, near = _rest_over_square(v) * v * v, v.abs() < 1
+    exp = torch.exp(v)  # the series gives expm1 too, where exp - 1 differs from it
+    if prior_logvar is not None and not torch.compiler.is_compiling():
+        # Far from the prior the rounding of v moves e^v by many times its own: `low` is what v lost (Knuth's two-sum). In a traced
+        # function that is too much for Inductor to keep in one loop, and it takes a third longer.
         back = v - logvar
-        low = (logvar - (v - back)) - (prior_logvar + back)
-        more = (expm1 + 1.0) * low
-        finite = more.abs() < math.inf
-        expm1, rest = torch.where(finite, expm1 + more, expm1), torch.where(finite, rest + expm1 * low, rest)
-    return expm1, rest
+        more = exp * ((logvar - (v - back)) - (prior_logvar + back))
+        exp = torch.where(more.abs() < math.inf, exp + more, exp)
+    return torch.where(near, series + v, exp - 1.0), torch.where(near, series, exp - 1.0 - v)
 
 
-def _is_exact(rest: Any, total: Any, count: int) -> bool:
-    """Whether sums of `count` terms e^v - 1 - v, computed in float32, are exact enough for the totals that they are a part of.
-
-    With eps = 2^-24 a term is off by eps |v|. The sum of |v| is at most sqrt(2 count rest), as rest is about v^2 / 2 where that
-    matters, and a little more for what is wrong with `rest` itself. Asked for is an error of 2 eps of the total.
-    """
-    floor = 2**-23 * count
-    if isinstance(total, float):
-        return floor + math.sqrt(2 * count * max(rest, 0.0)) <= 2 * total
-    # One number for each row: numpy's operations on a few cost less than torch's.
-    return bool((0.5 * floor + math.sqrt(0.5 * count) * np.sqrt(np.maximum(rest.numpy(), 0.0)) <= total.numpy()).all())
-
-
-def _is_near(v: Tensor) -> bool:
-    """Whether float32 holds v = logvar - prior_logvar well enough: rounding it moves e^v by up to |v| / 2 ulp."""
+def _greatest(v: Tensor, weight: Tensor | None) -> float:
+    """The largest v; where the largest of all is too large, what is absent does not count."""
     if not v.numel():
-        return True
-    low, high = torch.aminmax(v)
-    return float(low) >= -4.0 and float(high) <= 4.0
+        return 0.0
+    most = v.max().item()
+    return most if weight is None or most <= 4.0 else v.masked_fill(weight == 0, 0.0).max().item()
+
+
+def _is_exact(total: Sums, count: int) -> bool:
+    """Whether sums of `count` KL terms whose e^v - 1 - v was computed in float32 are as exact as they should be.
+
+    With eps = 2^-24 such a term is off by eps |v|. The sum of |v| is at most sqrt(2 count total), as e^v - 1 - v is about v^2 / 2
+    where that matters. Asked for is an error of 6 eps of the total, 3 ulp or less: the bound is for errors that all go the same way,
+    as they do where all v are equal.
+    """
+    least = total if isinstance(total, float) else total.min().item()
+    return least >= count / 18
 
 
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
@@ -525,19 +560,20 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
     want_slopes = up is not None and any(needs)
     plain = weight is None or weight.dtype == torch.bool
+    quick = acc == torch.float32 and _readable(mu)
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
-        of_mu, of_logvar, of_prior_mu, of_prior_logvar = (_usable(o, acc) for o in outs)
+        of_mu, of_logvar, of_prior_mu, of_prior_logvar = outs
         lv = wide = _as(logvar, acc)
         if clamp is not None:
             lv = torch.clamp(wide, *clamp)
         prior_logvar = None if prior_logvar is None else _as(prior_logvar, acc)
         rate = up if factors is None else factors
         sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
+        core = rest = None
         fill = True
-        rest: Any = None
         if want_slopes or want_terms:
-            spare = _scratch(lv, acc, 0) if dims else None
+            spare = _scratch(lv, acc, 0) if dims != () else None
             v = lv if prior_logvar is None else torch.sub(lv, prior_logvar, out=_scratch(lv, acc, 1))
             of_expm1 = of_logvar if want_slopes and need_logvar else None if want_slopes else _scratch(lv, acc, 2)
             d = pull = _as(mu, acc)
@@ -548,46 +584,36 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 of_pull = of_mu if want_slopes and need_mu else None
                 pull = torch.exp(prior_logvar, out=of_pull)
                 pull = torch.div(d, pull, out=pull)
-            on_host = acc == torch.float32 and _readable(lv)
-            near = on_host and (prior_logvar is None or _is_near(v))
-            if on_host and not near and weight is not None:
-                near = _is_near(v.masked_fill(weight == 0, 0.0))  # what is absent decides nothing
-            count = math.prod([lv.shape[i] for i in dims])
-            # Sums in float32 are good unless the posterior lies too near its prior, which they show themselves. Of many short rows
-            # one always does.
-            fast = near and plain and count >= RUN
+            # In float32 e^v - 1 - v is good enough for sums, unless the posterior lies near its prior, which they show themselves
+            # (of rows that are very short one always does), and rounding v = logvar - prior_logvar moves e^v by up to v / 2 ulp.
+            near = quick and (prior_logvar is None or _greatest(v, weight) <= 4.0)
+            count = _count(lv, dims)
+            fast = near and plain and count >= 16
             if near and (fast or not want_terms):
                 expm1 = torch.expm1(v, out=of_expm1)
+                rest = torch.sub(expm1, v, out=spare) if want_terms else None
             else:
                 exact, rest = exact_parts(lv, prior_logvar)
                 expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
-            if want_terms and not fast:
-                core = torch.addcmul(rest, d, pull) if rest.dtype == acc else rest.add_(d * pull)
+            while want_terms:
+                core = rest.addcmul_(d, pull) if rest.dtype == acc else rest.add_(d * pull)
                 sums, fill = _weighed_sum(core, weight, dims)
-                sums = sums if dims else core.to(acc)
-            elif want_terms:
-                # No part is negative: summed apart, they lose nothing.
-                if pull is d and weight is None:
-                    quad, fill = _sum_squares(d, dims), False
-                else:
-                    quad, fill = _weighed_sum(torch.mul(d, pull, out=spare), weight, dims)
-                rest, filled = _weighed_sum(torch.sub(expm1, v, out=spare), weight, dims)
-                if not _is_exact(rest, rest + quad, count):
-                    rest = exact_parts(lv, prior_logvar)[1]
-                    rest, filled = _weighed_sum(rest, weight, dims)
-                fill = fill or filled
-                sums = rest + quad
+                if not fast or _is_exact(sums, count):
+                    break
+                fast, rest = False, exact_parts(lv, prior_logvar)[1]
+            if dims == () and want_terms:
+                sums = core.to(acc)
             if want_slopes:
                 if need_prior_logvar:
                     curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar)
-                    g_prior_logvar = _mul(_weigh(curve, weight, fill), -0.5 * rate, None)
+                    g_prior_logvar = _times(_weigh(curve, weight, fill), -0.5 * rate)
                 if need_mu or need_prior_mu:
                     # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
-                    g_mu = _mul(pull, rate, None) if pull is not d else torch.mul(pull, _factor(rate, pull), out=of_mu)
+                    g_mu = torch.mul(pull, _factor(rate, pull), out=of_mu if pull is d else pull)
                     g_mu = _weigh(g_mu, weight, fill)
                     g_prior_mu = torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
                 if need_logvar:
-                    g_logvar = _mul(_weigh(expm1, weight, fill), 0.5 * rate, None)
+                    g_logvar = _times(_weigh(expm1, weight, fill), 0.5 * rate)
         if grad_z is not None:
             if need_mu:
                 g_mu = grad_z if g_mu is None else g_mu + grad_z
@@ -596,13 +622,12 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 g_logvar = through if g_logvar is None else through.add_(g_logvar)
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
-        grads = [g_mu, g_logvar, g_prior_mu, g_prior_logvar]
-        return sums, [g if g is None or o is None or g is o else o.copy_(g) for g, o in zip(grads, outs, strict=True)]
+        return sums, (g_mu, g_logvar, g_prior_mu, g_prior_logvar)
 
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
-    buffers = (None,) * 4 if out is None else (*out, None, None)
-    sums, grads = _run(block, inputs, constants, needs, mu.shape, keep, BLOCK // 8, buffers)
+    buffers = None if out is None else (*out, None, None)
+    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // 8, acc, buffers)
     return None if sums is None else _scaled(sums, 0.5 * scale), grads
 
 
