@@ -193,11 +193,10 @@ class ELBO(Function):
         _save_elbo(ctx, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight)
         full, clamp, nll_scale, kl_scale, beta, terms, track, backend = ctx.options = options
         ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad[:7]
         inputs: Any = (recon, x, var, mu, logvar, prior_mu, prior_logvar)
         # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
-        ready = track and torch.float16 not in [t.dtype for t, need in zip(inputs, needs, strict=True) if need]
-        now = needs if ready else (False,) * 7
+        ready = track and torch.float16 not in [t.dtype for t in inputs if isinstance(t, Tensor)]
+        now = ctx.needs_input_grad[:7] if ready else (False,) * 7
         loss, nll, kl, grads = backend.elbo_forward(*inputs, weight, full, clamp, nll_scale, kl_scale, beta, now)
         ctx.ready = grads if ready else None
         if not terms:

@@ -89,6 +89,9 @@ class _Blocks:
         return [piece for part in parts for piece in (part.split(self.wide, 1) if t.shape[1] > 1 else (part,) * self.across)]
 
 
+_NO_OUTS = (None,) * 4
+
+
 def _run(
     block: Callable[..., tuple[Sums | None, Sequence[Tensor | None]]],
     inputs: Sequence[Tensor | None],
@@ -97,6 +100,7 @@ def _run(
     keep: int,
     size: int,
     acc: torch.dtype,
+    host: bool,
     buffers: Sequence[Tensor | None] | None = None,
 ) -> tuple[Sums | None, Grads]:
     """Run `block(*inputs, *constants, outs, dims)` over blocks of `size` elements, and put the results together.
@@ -104,17 +108,17 @@ def _run(
     A block returns its terms summed over `dims` (or None) and, for each input that `needs` names, the gradient of the block's
     shape. `dims` is None for a total that can be read, which is then a number. `outs` has a buffer in which a gradient may be made
     from what leads to it (a page that is not touched is time that is not spent), or None; `buffers` has the caller's own. The
-    gradient of an input that broadcasts is summed to its own shape here.
+    gradient of an input that broadcasts is summed to its own shape here. `host` says whether the inputs are readable.
     """
     shape = inputs[0].shape
-    host = _readable(inputs[0])
     dims = None if host and keep == 0 else tuple(range(keep, len(shape)))
     if not host or inputs[0].numel() <= size:
-        outs = (None,) * len(inputs) if buffers is None else [_usable(b, acc) for b in buffers]
-        total, shares = block(*inputs, *constants, outs, dims)
-        if buffers is not None:
+        if buffers is None:
+            total, shares = block(*inputs, *constants, _NO_OUTS[: len(inputs)], dims)
+        else:
+            total, shares = block(*inputs, *constants, [_usable(b, acc) for b in buffers], dims)
             shares = [g if b is None or g is b else b.copy_(g) for g, b in zip(shares, buffers, strict=True)]
-        return total, tuple([_like(g, t) if w else None for g, t, w in zip(shares, inputs, needs, strict=True)])
+        return total, tuple([g if g is None else _like(g, t) for g, t in zip(shares, inputs, strict=True)])
 
     full = [w and t.shape == shape for t, w in zip(inputs, needs, strict=True)]
     buffers = buffers or (None,) * len(inputs)
@@ -163,23 +167,25 @@ def _join(sums: list[Any], blocks: _Blocks, shape: torch.Size) -> Sums:
 
 
 def _sum(terms: Tensor, dims: Dims) -> Sums:
-    """The sum over the last dimensions `dims`, or, for None, over all of them as a number: operations on 0-d tensors are not free."""
+    """The sum over the last dimensions `dims`, or, for None, over all as a number: operations on 0-d tensors are not free."""
     if dims is None:
         return terms.sum().item()
     return terms.sum(dims) if dims else terms
 
 
-def _sum_squares(t: Tensor, dims: Dims) -> Sums:
+def _sum_squares(t: Tensor, dims: Dims, host: bool) -> Sums:
     """As `_sum`, of t^2, reading t once and writing nothing where t is dense."""
-    if dims == () or not t.is_contiguous() or not _readable(t):
+    if not host or dims == () or not t.is_contiguous():
         return _sum(t * t, dims)
     if dims is None:
-        if t.numel() <= 16 * RUN:
-            norm = torch.linalg.vector_norm(t).item()
-            return norm * norm
-        flat, over = t.view(-1), t.numel() % RUN
-        norms = torch.linalg.vector_norm((flat[:-over] if over else flat).view(-1, RUN), dim=1).double()
-        return torch.dot(norms, norms).item() + (_sum_squares(flat[-over:], None) if over else 0.0)
+        if t.numel() <= 1 << 17:
+            return torch.mul(t, t).sum().item()  # the call that is not made is worth more than the reading
+        over = t.numel() % RUN
+        if over:
+            t, last = t.view(-1).split((t.numel() - over, over))
+            return _sum_squares(t, dims, host) + _sum_squares(last, dims, host)
+        norms = torch.linalg.vector_norm(t.view(-1, RUN), dim=1).double()
+        return torch.dot(norms, norms).item()
     rows = t.flatten(dims[0])
     whole = rows.shape[-1] // RUN * RUN
     norms = torch.linalg.vector_norm(rows[..., :whole].unflatten(-1, (-1, RUN)), dim=-1).double()
@@ -217,7 +223,7 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     Between two calls the allocator may return a temporary's pages, and faulting them in again takes longer than filling them.
     """
     size = like.numel() * dtype.itemsize
-    if not BLOCK // 16 <= size <= BLOCK or not _readable(like):
+    if not BLOCK // 16 < size <= BLOCK or not _readable(like):
         return None
     held = getattr(_held, "slots", None)
     if held is None:
@@ -234,9 +240,9 @@ def _usable(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return out if out is not None and out.dtype == dtype and _readable(out) else None
 
 
-def _times(t: Tensor, factor: Factor) -> Tensor:
+def _times(t: Tensor, factor: Factor, host: bool) -> Tensor:
     """A temporary times a factor, in place."""
-    return t if isinstance(factor, float) and factor == 1.0 else t.mul_(_factor(factor, t))
+    return t if type(factor) is float and factor == 1.0 else t.mul_(_factor(factor, t, host))
 
 
 def _upstream(grad: Tensor, scale: Factor, shape: torch.Size, keep: int, acc: torch.dtype) -> Factor:
@@ -263,13 +269,13 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
         return _tensor(value, dtype)
 
 
-def _factor(value: Factor, like: Tensor) -> Factor:
-    """A factor for `like` as a kept 0-d tensor, which costs an operation less than a Python number does."""
-    return _constant(value, like.dtype) if isinstance(value, float) and _readable(like) else value
+def _factor(value: Factor, like: Tensor, host: bool) -> Factor:
+    """A factor for `like`: on a host as a kept 0-d tensor, which costs half of what a Python number does."""
+    return _constant(value, like.dtype) if host and type(value) is float else value
 
 
 def _scaled(sums: Sums, factor: Factor) -> Sums:
-    return sums * (_factor(factor, sums) if isinstance(sums, Tensor) else factor)
+    return sums * factor
 
 
 def _number(value: Factor) -> Factor:
@@ -278,7 +284,7 @@ def _number(value: Factor) -> Factor:
 
 
 def _wide_weight(weight: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """A half-precision weight in the terms' dtype: multiplying by it would convert what it broadcasts to. On a CPU a bool one too."""
+    """A half-precision weight in the terms' dtype: multiplying by it would convert what it broadcasts to. On a CPU also a bool."""
     if weight is None or weight.dtype.itemsize >= 4 or (weight.dtype == torch.bool and not _readable(weight)):
         return weight
     return weight.to(acc)
@@ -334,14 +340,14 @@ def _early(inputs: Sequence[Any], needs: Sequence[bool], shape: torch.Size, keep
 
 def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
     """One pass: the scaled sums of the terms, and `up` times the gradients, `up` being a factor or a tensor like the terms."""
-    fixed = not isinstance(var, Tensor)
+    fixed, host = not isinstance(var, Tensor), _readable(recon)
     constant = 0.5 * LOG_2PI if full else 0.0
-    if weight is None and (fixed or (var.numel() == 1 and kind == "logvar" and _readable(var))):
+    if weight is None and (fixed or (host and var.numel() == 1 and kind == "logvar" and _readable(var))):
         value = var if fixed else float(var)
         factor = 0.5 * _exp(-value)
         if 1e-30 < factor < 1e30:
             learned, shift = None if fixed else var, (constant + 0.5 * value) / factor
-            return _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc)
+            return _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc, host)
     factor = 0.5
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
@@ -392,7 +398,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
 
         if need_var:
             if kind == "logvar" and weight is None and factors is None:
-                half = _factor(0.5 * rate, d)
+                half = _factor(0.5 * rate, d, host)
                 half = half if isinstance(half, Tensor) else d.new_full((), half)
                 g_var = torch.addcmul(half, d, ratio, value=-0.5 * rate, out=d)
             else:
@@ -400,25 +406,25 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 if kind != "logvar":
                     slope /= std if kind == "std" else variance
                     fill = True  # of a variance that is next to 0 the terms may be finite
-                g_var = _times(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5)
+                g_var = _times(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5, host)
         if need_recon or need_x:
             ratio = _weigh(ratio, weight, fill)
             rate = rate * (2 * factor) if fixed else rate
         if need_x:
             g_x = torch.mul(ratio, -rate, out=of_x)
         if need_recon:
-            g_recon = _times(ratio, rate)
+            g_recon = _times(ratio, rate, host)
         return sums, (g_recon, g_x, g_var)
 
     inputs = recon, x, None if fixed else var
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None
-    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // acc.itemsize, acc)
+    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // acc.itemsize, acc, host)
     # Without weights, terms lack the factor.
     return None if sums is None else _scaled(sums, scale if fixed or weight is not None else factor * scale), grads
 
 
-def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc) -> tuple[Sums | None, Grads]:
-    """`_nll` of one variance for all, without weights: factor * (d^2 + shift), where d^2 is summed by itself, and the rest is numbers.
+def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc, host) -> tuple[Sums | None, Grads]:
+    """`_nll` of one variance for all, without weights: factor * (d^2 + shift), with d^2 summed by itself, and the rest is numbers.
 
     `learned` is the variance where it is a tensor, of one element.
     """
@@ -429,7 +435,7 @@ def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_term
         sums = g_recon = g_x = g_var = None
         d = torch.sub(_as(recon, acc), _as(x, acc), out=outs[0] if need_recon else _scratch(recon, acc, 1))
         if want_terms or need_var:
-            squares, count = _sum_squares(d, dims), _count(d, dims)
+            squares, count = _sum_squares(d, dims, host), _count(d, dims)
             if want_terms:
                 sums = squares + shift * count
                 # What is summed apart is exact, unless the two cancel.
@@ -447,13 +453,13 @@ def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_term
         if need_x:
             g_x = torch.mul(d, -2 * factor * rate, out=outs[1])
         if need_recon:
-            g_recon = _times(d, 2 * factor * rate)
+            g_recon = _times(d, 2 * factor * rate, host)
         return sums, (g_recon, g_x, g_var)
 
     inputs = recon, x, None if learned is None else learned.reshape(())
     # Squares under a gradient need no temporary, and so little is done with each block that fewer are better.
     size = BLOCK // acc.itemsize * (8 if need_recon else 1)
-    sums, grads = _run(block, inputs, (up if isinstance(up, Tensor) else None,), needs, keep, size, acc)
+    sums, grads = _run(block, inputs, (up if isinstance(up, Tensor) else None,), needs, keep, size, acc, host)
     if need_var:
         grads = (*grads[:2], grads[2].reshape(learned.shape))
     return None if sums is None else _scaled(sums, factor * scale), grads
@@ -548,8 +554,8 @@ def _is_exact(total: Sums, count: int) -> bool:
     """Whether sums of `count` KL terms whose e^v - 1 - v was computed in float32 are as exact as they should be.
 
     With eps = 2^-24 such a term is off by eps |v|. The sum of |v| is at most sqrt(2 count total), as e^v - 1 - v is about v^2 / 2
-    where that matters. Asked for is an error of 6 eps of the total, 3 ulp or less: the bound is for errors that all go the same way,
-    as they do where all v are equal.
+    where that matters. Asked for is an error of 6 eps of the total, 3 ulp or less, with all errors going the same way, as they do
+    where all v are equal.
     """
     least = total if isinstance(total, float) else total.min().item()
     return least >= count / 18
@@ -560,7 +566,8 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
     want_slopes = up is not None and any(needs)
     plain = weight is None or weight.dtype == torch.bool
-    quick = acc == torch.float32 and _readable(mu)
+    host = _readable(mu)
+    quick = host and acc == torch.float32
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
         of_mu, of_logvar, of_prior_mu, of_prior_logvar = outs
@@ -606,14 +613,14 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             if want_slopes:
                 if need_prior_logvar:
                     curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar)
-                    g_prior_logvar = _times(_weigh(curve, weight, fill), -0.5 * rate)
+                    g_prior_logvar = _times(_weigh(curve, weight, fill), -0.5 * rate, host)
                 if need_mu or need_prior_mu:
                     # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
-                    g_mu = torch.mul(pull, _factor(rate, pull), out=of_mu if pull is d else pull)
+                    g_mu = torch.mul(pull, _factor(rate, pull, host), out=of_mu if pull is d else pull)
                     g_mu = _weigh(g_mu, weight, fill)
                     g_prior_mu = torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
                 if need_logvar:
-                    g_logvar = _times(_weigh(expm1, weight, fill), 0.5 * rate)
+                    g_logvar = _times(_weigh(expm1, weight, fill), 0.5 * rate, host)
         if grad_z is not None:
             if need_mu:
                 g_mu = grad_z if g_mu is None else g_mu + grad_z
@@ -622,12 +629,12 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 g_logvar = through if g_logvar is None else through.add_(g_logvar)
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
-        return sums, (g_mu, g_logvar, g_prior_mu, g_prior_logvar)
+        return sums, (g_mu if need_mu else None, g_logvar, g_prior_mu, g_prior_logvar)
 
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = None if out is None else (*out, None, None)
-    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // 8, acc, buffers)
+    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // 8, acc, host, buffers)
     return None if sums is None else _scaled(sums, 0.5 * scale), grads
 
 

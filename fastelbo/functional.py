@@ -156,10 +156,13 @@ def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | 
     """The factor that turns a total over `inputs` into the reduction."""
     if reduction in ("sum", "none"):
         return 1.0
-    if reduction == "mean" and weight is not None:
+    if reduction == "batchmean":
+        count = shape[0] if batch_dims == 1 else math.prod(shape[:batch_dims])
+        return 1.0 / count if count else math.nan
+    if weight is not None:
         count = weight.numel()
         return (count / math.prod(shape) if count else math.nan) / weight.sum(dtype=reference.accumulate_dtype(*inputs))
-    count = math.prod(shape if reduction == "mean" else shape[:batch_dims])
+    count = math.prod(shape)
     return 1.0 / count if count else math.nan
 
 
@@ -467,14 +470,13 @@ def _check_elbo(
     """Check what elbo_loss and elbo_terms share; return (var, prior_mu, prior_logvar, clamp, keep, nll_scale, kl_scale)."""
     _check_pair("recon", recon, "x", x)
     _check_pair("mu", mu, "logvar", logvar, recon.device)
-    for name, t in (("recon", recon), ("mu", mu)):
-        if t.ndim == 0:
-            raise ValueError(f"{name} must have a batch dimension, got a 0-d tensor")
+    if not recon.ndim or not mu.ndim:
+        raise ValueError(f"{'mu' if recon.ndim else 'recon'} must have a batch dimension, got a 0-d tensor")
     if recon.shape[0] != mu.shape[0]:
         raise ValueError(
             f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
         )
-    var, _ = _check_variance("recon_logvar", "logvar", 0.0 if recon_logvar is None else recon_logvar, recon)
+    var = 0.0 if recon_logvar is None else _check_variance("recon_logvar", "logvar", recon_logvar, recon)[0]
     _check_weight(weight, "recon", recon.shape, recon.device)
     return (
         var,

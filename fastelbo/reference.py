@@ -54,10 +54,7 @@ def elbo(x: Tensor, recon: Tensor, recon_logvar: Tensor, mu: Tensor, logvar: Ten
 
 def accumulate_dtype(*tensors: object) -> torch.dtype:
     """float64 if any tensor is, float32 otherwise: the dtype of all arithmetic and of every loss."""
-    for t in tensors:
-        if isinstance(t, Tensor) and t.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors if isinstance(t, Tensor)] else torch.float32
 
 
 def _present(weight: Tensor | None, *tensors: Tensor) -> Sequence[Tensor]:
