@@ -389,12 +389,16 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                 core = torch.mul(d, d, out=where).mul_(factor).add_(constant)
             elif weight is not None:
                 core = torch.addcmul(level, d, ratio, out=where).mul_(factor).add_(constant)
-            elif constant and level.shape != d.shape:
-                core = torch.addcmul(level + constant / factor, d, ratio, out=where)
             else:
-                core = torch.addcmul(level, d, ratio, out=where)
-                core = core.add_(constant / factor) if constant else core
+                shift, narrow = constant / factor, level.shape != d.shape
+                core = torch.addcmul(level + shift if narrow else level, d, ratio, out=where)
+                if dims is not None and shift and not narrow:
+                    core = core.add_(shift)
             sums, fill = _weighed_sum(core, weight, dims)
+            if isinstance(sums, float) and not fixed and weight is None and shift and not narrow:
+                # One addition to the sum instead of one to each term, unless the two cancel.
+                apart = shift * core.numel()
+                sums = sums + apart if abs(sums + apart) >= 0.5 * apart else _sum(core.add_(shift), dims)
 
         if need_var:
             if kind == "logvar" and weight is None and factors is None:
