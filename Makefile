@@ -43,6 +43,10 @@ setup: $(READY) ## make the virtual environment (every target below does this fi
 demo: $(READY) ## train a small VAE on real digits with the usual loss and with fastelbo, and compare
 	$(RUN) -m fastelbo demo
 
+.PHONY: example
+example: $(READY) ## train a linear VAE and compare it with pPCA's closed form
+	$(RUN) examples/linear_vae.py --plot results/linear_vae.png
+
 # One thread per worker: the workers already fill the cores.
 .PHONY: test
 test: $(READY) ## run the tests (JOBS=2 workers; PYTEST_ARGS="-k kl")

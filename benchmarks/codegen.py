@@ -3,7 +3,8 @@
     python -m benchmarks.codegen [--target sm_90 ...] [--json FILE]
 
 The calls below go through the package's own host code; what it would launch is compiled instead. Exit status 1 if a kernel spills,
-or if an elementwise kernel reads or writes dense float32 tensors in less than 16 bytes.
+if an elementwise kernel reads or writes dense float32 tensors in less than 16 bytes, if a kernel takes more shared memory than its
+targets have, or if one that should multiply matrices in matrix instructions has none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ except ImportError as error:
 import fastelbo
 from fastelbo import backend
 from fastelbo.kernels import launch as launch_module
+from fastelbo.kernels import linear_elbo
 
+# Bytes of shared memory of a program on the least of its architecture (of CUDA: 8.6, 8.9 and 12).
+SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -49,6 +53,8 @@ TARGETS = {
 # along a row come to a handful.
 SCALARS = 8
 ELEMENTWISE = ("nll_kernel", "latent_kernel", "elbo_kernel")
+PRODUCTS = ("rows_kernel", "columns_kernel")
+MATRIX = {"wgmma": r"[HQ]GMMA", "tcgen05": r"UTC\w*MMA", "mma": r"HMMA", "mfma": r"v_mfma_"}
 
 
 @dataclass
@@ -60,7 +66,8 @@ class Report:
     spills: int
     wide: int  # 16-byte global accesses
     narrow: int  # narrower ones
-    per_element: float  # instructions of the whole kernel over the elements of a thread
+    per_element: float | None  # instructions of the whole kernel over the elements of a thread; products have none to count by
+    matrix: str | None  # which matrix instructions
     problems: list[str] = field(default_factory=list)
 
 
@@ -123,16 +130,48 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "packed moments", True, lambda: backward(fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1))
 
 
-def launches(call: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """What a call would launch: (kernel, arguments)."""
-    found: list[tuple[Any, tuple[Any, ...]]] = []
-    start, choose = launch_module.start, backend.choose
-    launch_module.start = lambda kernel, programs, args: found.append((kernel, args))
+def linear_cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(name, whether its products are to run in matrix instructions, call)."""
+    f32, bf16 = torch.float32, torch.bfloat16
+
+    def inputs(dtype: torch.dtype, width: int, learned: bool = True, samples: int = 1) -> tuple[Any, ...]:
+        shapes = (samples * 2048, width), (2048, 1024), (1024, width), (1024,), (1024,)
+        h, x, weight, bias, var = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+        return h, x, weight, bias, var if learned else 0.0
+
+    def forward(dtype: torch.dtype, width: int, precision: str | None, needs: tuple[bool, ...]) -> Any:
+        return linear_elbo.linear_nll_forward(*inputs(dtype, width, needs[4]), True, 0, 1.0, precision, needs)
+
+    def backward(dtype: torch.dtype, width: int, precision: str | None, samples: int = 1) -> Any:
+        needs = samples == 1, True, True, True, True  # of several samples only the gradients that are summed over them
+        grad = torch.ones(samples * 2048)
+        return linear_elbo.linear_nll_backward(*inputs(dtype, width, True, samples), 1, 1.0, grad, precision, needs)
+
+    decoder = (True, False, True, True, False)
+    kinds = (bf16, None), (f32, "tf32"), (f32, "tf32x3"), (f32, "ieee")
+    # Products of one kind have one choice of tiles up to a width of 64, so that one of the narrow widths tells of both.
+    for width, some in ((16, kinds[:2]), (32, kinds[2:]), (64, kinds), (128, kinds)):
+        for dtype, precision in some:
+            name, strict = f"linear {width}, {precision or 'bf16'}", precision != "ieee"
+            yield f"{name}, per-row backward", strict, lambda d=dtype, w=width, p=precision: backward(d, w, p)
+            # Simpler kernels than those of a backward, but compilers lift more out of a simpler loop, and have spilled for it.
+            if width == 128:
+                yield f"{name}, 3 samples", strict, lambda d=dtype, w=width, p=precision: backward(d, w, p, 3)
+                yield f"{name}, forward", strict, lambda d=dtype, w=width, p=precision: forward(d, w, p, (False,) * 5)
+                yield f"{name}, forward, gradients", strict, lambda d=dtype, w=width, p=precision: forward(d, w, p, decoder)
+
+
+def launches(call: Callable[[], Any], target: str = "cuda") -> list[tuple[Any, tuple[Any, ...], dict[str, int] | None]]:
+    """What a call would launch on one of Triton's backends: (kernel, arguments, compiler options of its own)."""
+    found: list[tuple[Any, tuple[Any, ...], dict[str, int] | None]] = []
+    start, here, choose = launch_module.start, launch_module.backend, backend.choose
+    launch_module.start = lambda kernel, programs, args, tuned=None: found.append((kernel, args, tuned))
+    launch_module.backend = lambda: target
     backend.choose = lambda impl, device, empty=False: backend.kernels()  # type: ignore[assignment]
     try:
         call()
     finally:
-        launch_module.start, backend.choose = start, choose
+        launch_module.start, launch_module.backend, backend.choose = start, here, choose
     return found
 
 
@@ -196,25 +235,50 @@ def accesses(code: list[str], kind: str) -> tuple[int, int]:
     return sum("dwordx4" in c for c in memory), sum("dwordx4" not in c for c in memory)
 
 
+def compiled(kernel: Any, args: tuple[Any, ...], tuned: dict[str, int] | None, name: str) -> tuple[int, int, list[str], int, int]:
+    """(registers, spilled bytes, instructions, threads of a program, bytes of its shared memory) on a target."""
+    target = TARGETS[name]
+    options = launch_module.options(target.backend, target.arch if target.backend == "cuda" else 0, tuned)
+    binary = triton.compile(source(kernel, args), target=target, options=options)
+    inspect = inspect_cuda if target.backend == "cuda" else inspect_hip
+    return *inspect(binary), options["num_warps"] * target.warp_size, binary.metadata.shared
+
+
+def matrix_instructions(code: list[str]) -> str:
+    kinds = [kind for kind, pattern in MATRIX.items() if any(re.match(pattern, c) for c in code)]
+    return ", ".join(kinds) or "none"
+
+
 def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Report]:
-    for case, strict, call in cases():
+    seen = set()
+    everything = [(*c, False) for c in cases()] + [(*c, True) for c in linear_cases()]
+    for case, strict, call, linear in everything:
         if names and case not in names:
             continue
-        for kernel, args in launches(call):
-            for name in targets:
-                target = TARGETS[name]
-                capability = target.arch if target.backend == "cuda" else 0
-                options = launch_module.options(target.backend, capability)
-                compiled = triton.compile(source(kernel, args), target=target, options=options)
-                registers, spills, code = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
-                wide, narrow = accesses(code, target.backend)
+        for name in targets:
+            for kernel, args, tuned in launches(call, TARGETS[name].backend):
                 title = kernel.__name__
-                threads = options["num_warps"] * target.warp_size
-                report = Report(case, title, name, registers, spills, wide, narrow, len(code) * threads / launch_module.TILE)
+                if linear:
+                    # The kernels of a linear decoder come in fewer variants than their cases, and take longest to compile.
+                    spec = source(kernel, args)
+                    key = name, title, str(spec.signature), str(spec.constants), str(spec.attrs), str(tuned)
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                registers, spills, code, threads, shared = compiled(kernel, args, tuned, name)
+                wide, narrow = accesses(code, TARGETS[name].backend)
+                products = title in PRODUCTS
+                each = None if products else len(code) * threads / launch_module.TILE
+                matrix = matrix_instructions(code) if products else None
+                report = Report(case, title, name, registers, spills, wide, narrow, each, matrix)
                 if spills:
                     report.problems.append(f"spills {spills} bytes")
                 if strict and title in ELEMENTWISE and narrow > SCALARS:
                     report.problems.append(f"{narrow} accesses of less than 16 bytes")
+                if shared > SHARED[TARGETS[name].backend]:
+                    report.problems.append(f"{shared} bytes of shared memory")
+                if strict and matrix == "none":
+                    report.problems.append("no matrix instructions")
                 yield report
 
 
@@ -229,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     table = Table(title=f"fastelbo {fastelbo.__version__}, Triton {triton.__version__}")
     for heading in ("case", "kernel", "target"):
         table.add_column(heading)
-    for heading in ("registers", "spills", "16-byte", "narrower", "instr./element"):
+    for heading in ("registers", "spills", "16-byte", "narrower", "instr./element", "matrix"):
         table.add_column(heading, justify="right")
     found = []
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -238,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
             status.update(f"compiling: {r.case}, {r.kernel}, {r.target}")
             found.append(r)
             style = "red" if r.problems else None
-            figures = (str(r.registers), str(r.spills), str(r.wide), str(r.narrow), f"{r.per_element:.1f}")
+            figures = (str(r.registers), str(r.spills), str(r.wide), str(r.narrow))
+            figures += ("" if r.per_element is None else f"{r.per_element:.1f}", r.matrix or "")
             table.add_row(r.case, r.kernel, r.target, *figures, style=style)
     console.print(table)
     for r in found:

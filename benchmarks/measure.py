@@ -219,6 +219,7 @@ def measure(workload: Workload, device: torch.device, dtype: torch.dtype, scale:
         "workload": workload.name, "source": workload.source, "dtype": str(dtype).removeprefix("torch."), "scale": scale,
         "sizes": sizes, "elements": elements,
         "bytes_forward": forward_elements * dtype.itemsize, "bytes_step": step_elements * dtype.itemsize, "copy_gb_per_s": copy,
+        "flops_step": 0 if workload.flops is None else workload.flops(**sizes),
         "errors": errors(workload, losses, inputs),
     }  # fmt: skip
     record["wrong"] = wrong(record["errors"], dtype)
@@ -249,5 +250,6 @@ def measure(workload: Workload, device: torch.device, dtype: torch.dtype, scale:
         record["peers"][peer] = {
             "forward_us": spread([t for t, _, _ in s]), "step_us": step, "host_us": host[peer],
             "peak_bytes": peak_memory(steps[0], losses[peer], device), "gb_per_s": speed, "share_of_copy": speed / copy,
+            "gflop_per_s": record["flops_step"] / step["median"] / 1e3,
         }  # fmt: skip
     return record

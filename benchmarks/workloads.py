@@ -6,7 +6,8 @@ variance is fixed (torch's own part for that, and much the quicker one), and `to
 
 `traffic` is the byte model: (elements, forward, step), where `elements` is how many x or the latents have, whichever are more, and
 the others are how many elements a perfect implementation reads and writes. A step is forward and backward. Small inputs (scalars,
-per-gene vectors, masks) are left out.
+per-gene vectors, masks) are left out. `flops` is how many floating-point operations the matrix products of a step take, where the
+workload has any.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Workload:
     fused: Callable[..., Result]
     traffic: Callable[..., tuple[int, int, int]]
     tiny: Sizes = field(default_factory=dict)
+    flops: Callable[..., int] | None = None
 
     def sizes(self, scale: str) -> Sizes:
         """`full`, `small`, or `tiny`: nothing but the host's own work is left."""
@@ -255,6 +257,66 @@ def balanced_traffic(batch: int, steps: int, latents: int) -> tuple[int, int, in
     return count, 8 * count, (8 + 8 + 4) * count
 
 
+# ---- across a linear decoder: the reconstruction is the workload's own -----------------------------------------------------------
+
+
+def linear_inputs(draw: Draw, batch: int, elements: int, latents: int) -> dict[str, Tensor]:
+    return {
+        "x": draw(batch, elements, grad=False), "mu": draw(batch, latents), "logvar": draw(batch, latents, scale=0.3),
+        "weight": draw(elements, latents, scale=latents**-0.5), "bias": draw(elements), "recon_logvar": draw(elements, scale=0.3),
+        "eps": draw(batch, latents, grad=False),
+    }  # fmt: skip
+
+
+def linear_with(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def whole(
+        x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor, recon_logvar: Tensor, eps: Tensor | None
+    ) -> Tensor:
+        z = mu + torch.exp(0.5 * logvar) * noise(eps, mu)
+        return loss(F.linear(z, weight, bias), x, mu, logvar, recon_logvar)
+
+    return whole
+
+
+def linear_fused(
+    x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor, recon_logvar: Tensor, eps: Tensor | None
+) -> Tensor:
+    return fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, recon_logvar=recon_logvar, eps=eps)  # type: ignore[return-value]
+
+
+def linear_traffic(batch: int, elements: int, latents: int) -> tuple[int, int, int]:
+    layer, posterior = elements * latents, batch * latents
+    return batch * elements, batch * elements + layer + 2 * posterior, batch * elements + 2 * layer + 4 * posterior
+
+
+def linear_flops(batch: int, elements: int, latents: int) -> int:
+    return 3 * 2 * batch * elements * latents  # recon, and the gradients of z and of the weight
+
+
+def hidden_inputs(draw: Draw, batch: int, elements: int, latents: int) -> dict[str, Tensor]:
+    return {
+        "h": draw(batch, latents).detach().relu().requires_grad_(), "weight": draw(elements, latents, scale=latents**-0.5),
+        "bias": draw(elements), "x": draw(batch, elements, grad=False),
+    }  # fmt: skip
+
+
+def hidden_eager(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return 0.5 * ((x - F.linear(h, weight, bias)) ** 2).sum() / x.shape[0]
+
+
+def hidden_parts(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return 0.5 * F.mse_loss(F.linear(h, weight, bias), x, reduction="sum") / x.shape[0]
+
+
+def hidden_fused(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return fastelbo.linear_gaussian_nll(h, weight, x, bias, full=False, reduction="batchmean")
+
+
+def hidden_traffic(batch: int, elements: int, latents: int) -> tuple[int, int, int]:
+    layer, h = elements * latents, batch * latents
+    return batch * elements, batch * elements + layer + h, batch * elements + 2 * layer + 2 * h
+
+
 def summed(kl: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *moments: kl(*moments).sum(-1)
 
@@ -324,5 +386,15 @@ WORKLOADS = [
         "single-cell", "scverse/scvi-tools, normal likelihood with a variance per gene",
         {"batch": 128, "elements": 2_000, "latents": 10}, {"batch": 128, "elements": 2_000, "latents": 10},
         gene_inputs, learned_eager, learned_parts, learned_fused, image_traffic,
+    ),
+    Workload(
+        "single-cell-linear", "scverse/scvi-tools linearly decoded VAE, all genes",
+        {"batch": 4096, "elements": 30_000, "latents": 32}, {"batch": 512, "elements": 10_000, "latents": 32},
+        linear_inputs, linear_with(learned_eager), linear_with(learned_parts), linear_fused, linear_traffic, flops=linear_flops,
+    ),
+    Workload(
+        "mlp-last-layer", "pytorch/examples vae's last layer, 400 to 784, with a squared error",
+        {"batch": 4096, "elements": 784, "latents": 400}, {"batch": 512, "elements": 784, "latents": 400},
+        hidden_inputs, hidden_eager, hidden_parts, hidden_fused, hidden_traffic, flops=linear_flops,
     ),
 ]  # fmt: skip

@@ -13,7 +13,8 @@ from .functional import (
     reparameterize,
     reparameterize_kl,
 )
-from .modules import ELBOLoss, GaussianNLLLoss, Reparameterize
+from .linear import linear_elbo_loss, linear_gaussian_nll
+from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
 from .verify import NumericsMismatch, verify
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "DiagonalGaussian",
     "ELBOLoss",
     "GaussianNLLLoss",
+    "LinearELBO",
     "NumericsMismatch",
     "Reparameterize",
     "compare",
@@ -31,6 +33,8 @@ __all__ = [
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_nll_loss",
+    "linear_elbo_loss",
+    "linear_gaussian_nll",
     "reparameterize",
     "reparameterize_kl",
     "sgvb_loss",

@@ -219,6 +219,44 @@ class ELBO(Function):
         return *grads, None, None
 
 
+class LinearNLL(Function):
+    """As `GaussianNLL` for recon = h weight^T + bias, which is never in memory, and a log-variance.
+
+    h `(N, H)` may have several rows for each of x `(B, D)`: row n goes with row n % B.
+    `options`: (full, keep, scale, precision, track, backend).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float, options: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(h, x, weight, bias, var if isinstance(var, Tensor) else None)
+        ctx.fixed = None if isinstance(var, Tensor) else var
+        full, keep, scale, precision, track, backend = ctx.options = options
+        needs = ctx.needs_input_grad[:5] if track else (False,) * 5
+        nll, ctx.ready = backend.linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ready, ctx.ready = ctx.ready, None
+        full, keep, scale, precision, _track, backend = ctx.options
+        if ready is not None and not _is_differentiated():
+            return *backend.scale_gradients(ready, grad), None
+        h, x, weight, bias, var = ctx.saved_tensors
+        inputs = h, x, weight, bias, var if ctx.fixed is None else ctx.fixed
+        needs = ctx.needs_input_grad[:5]
+        if _is_differentiated():
+
+            def expression(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float) -> Outputs:
+                return [scale * reference.linear_nll(h, x, weight, bias, var, full, keep)]
+
+            grads = _differentiate(expression, inputs, needs, [grad])
+        else:
+            grads = backend.linear_nll_backward(*inputs, keep, scale, grad, precision, needs)
+        return *grads, None
+
+
 def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:
     ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, mu, logvar, prior_mu, prior_logvar, weight)
     ctx.fixed = None if isinstance(var, Tensor) else var

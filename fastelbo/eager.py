@@ -727,6 +727,118 @@ def elbo_terms_backward(
     return (*of_nll, *of_kl)
 
 
+# ---- across a linear decoder -----------------------------------------------------------------------------------------------------
+
+# Bytes of a tile of recon, and how many rows it has where there are so many: products of lower matrices are slower. Those of very
+# low ones also add one number after the other: over as many columns as this they still lose no digits, and what adds to a product
+# that is there (addmm_) would go on where that one ended.
+TILE = 1 << 22
+TILE_ROWS = 1 << 12
+TILE_COLUMNS = 1 << 8
+
+
+def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
+    """Tile by tile of recon = h weight^T + bias: the scaled sums of the terms, and `up` times the gradients.
+
+    A column's variance and a row's upstream gradient scale not the tile, but the other factor of a product with it or its result.
+    """
+    need_h, need_x, need_weight, need_bias, need_var = needs if up is not None else (False,) * 5
+    (count, _), (batch, width), host = h.shape, x.shape, _readable(x)
+    wide_h, wide_weight, wide_bias = _as(h, acc), _as(weight, acc), None if bias is None else _as(bias, acc)
+    level = _as(var, acc) if isinstance(var, Tensor) else torch.full((), var, dtype=acc, device=x.device)
+    level = level.reshape(()) if level.numel() == 1 else level
+    inverse, by_column = torch.exp(-level), level.ndim == 1
+    by_row = isinstance(up, Tensor) and up.ndim > 0  # up is (N, 1)
+    rated_h = wide_h * up if by_row and need_weight else wide_h
+    rated_weight = wide_weight * inverse.unsqueeze(1) if by_column and need_h else wide_weight
+
+    height = max(1, min(batch, max(TILE_ROWS, TILE // acc.itemsize // max(1, width))))
+    span = max(1, min(width, TILE // acc.itemsize // height if height >= 64 else TILE_COLUMNS))
+    memory = torch.empty(height * span, dtype=acc, device=x.device)
+    zeros = functools.partial(torch.zeros, dtype=acc, device=x.device)
+    d_h, d_x = zeros(h.shape) if need_h else None, zeros(x.shape) if need_x else None
+    d_weight, d_bias = zeros(weight.shape) if need_weight else None, zeros(width) if need_bias else None
+    exact = torch.float64 if host else acc
+    # Of the residuals: summed over all rows, with the weight that an upstream gradient gives them, or over the columns.
+    squares = torch.zeros(level.shape, dtype=exact, device=x.device) if need_var or (want_terms and not keep) else None
+    of_rows = torch.zeros(count, dtype=exact, device=x.device) if want_terms and keep else None
+
+    for left in range(0, width, span):
+        at = slice(left, min(left + span, width))
+        of_level = at if by_column else ...
+        for top in range(0, count, max(1, batch)):
+            for first in range(0, batch, height):
+                rows = slice(first, min(first + height, batch))
+                here = slice(top + first, top + rows.stop)
+                d = memory[: (rows.stop - first) * (at.stop - left)].view(rows.stop - first, at.stop - left)
+                d.copy_(x[rows, at]).addmm_(wide_h[here], wide_weight[at].T, beta=-1)
+                if wide_bias is not None:
+                    d += wide_bias[at]
+                if need_h:
+                    d_h[here] += d @ rated_weight[at]
+                if need_weight:
+                    d_weight[at] += d.T @ rated_h[here]
+                if need_x:
+                    d_x[rows, at] -= d * up[here] if by_row else d
+                # From here on nobody needs d itself.
+                if by_row and (need_bias or need_var):
+                    rated = d * up[here]
+                    if need_bias:
+                        d_bias[at] += rated.sum(0)
+                    if need_var:
+                        squares[of_level] += rated.mul_(d).sum(0 if by_column else None)
+                else:
+                    if need_bias:
+                        d_bias[at] += d.sum(0)
+                    if squares is not None:
+                        squares[of_level] += d.mul_(d).sum(0) if by_column else _sum_squares(d, None if host else (0, 1), host)
+                if of_rows is not None:
+                    d = d.mul_(inverse[at].sqrt()) if by_column else d
+                    of_rows[here] += _sum_squares(d, (1,), host)
+
+    sums: Any = None
+    if want_terms:
+        constant = (level.to(exact) + (LOG_2PI if full else 0.0)).expand(width).sum()
+        if of_rows is not None:
+            sums = of_rows * (1.0 if by_column else inverse) + constant
+        else:
+            sums = (squares * inverse).sum() + count * constant
+        sums = (sums * (0.5 * scale)).to(acc)
+    rate = 1.0 if up is None or by_row else up
+    each_rate = inverse * rate
+    if need_h:
+        d_h *= (up if by_row else rate) if by_column else inverse * (up if by_row else rate)
+    if need_x:
+        d_x *= each_rate
+    if need_weight:
+        d_weight *= each_rate.unsqueeze(1) if by_column else each_rate
+    if need_bias:
+        d_bias *= each_rate
+    d_var = None
+    if need_var:
+        total = up.sum() if by_row else count * rate
+        d_var = 0.5 * (total * (1 if by_column else width) - squares * each_rate)
+        d_var = d_var.reshape(var.shape)
+    grads = d_h, d_x, d_weight, d_bias, d_var
+    return sums, tuple([None if g is None else g.to(t.dtype) for g, t in zip(grads, (h, x, weight, bias, var), strict=True)])
+
+
+def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs) -> tuple[Tensor, Grads | None]:
+    """`precision` is for the kernels: the products here obey torch's own settings."""
+    acc = accumulate_dtype(h, x, weight, bias, var)
+    scale = _number(scale)
+    early = keep == 0 and any(needs) and torch.float16 not in [t.dtype for t in (h, x, weight, bias, var) if isinstance(t, Tensor)]
+    nll, grads = _linear_nll(h, x, weight, bias, var, full, keep, scale, scale if early else None, needs, True, acc)
+    assert nll is not None
+    return nll, grads if early else None
+
+
+def linear_nll_backward(h, x, weight, bias, var, keep, scale, grad, precision, needs) -> Grads:
+    acc = accumulate_dtype(h, x, weight, bias, var)
+    up = _upstream(grad, scale, x.shape, keep, acc)
+    return _linear_nll(h, x, weight, bias, var, False, keep, 1.0, up, needs, False, acc)[1]
+
+
 def scale_gradients(grads: Grads, grad: Tensor | None) -> Grads:
     """Multiply gradients that nobody has seen yet by the upstream gradient of their result, in place."""
     if grad is None:

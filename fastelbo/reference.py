@@ -100,6 +100,16 @@ def nll(
     return _reduce(terms, weight, keep)
 
 
+def linear_nll(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float, full: bool, keep: int) -> Tensor:
+    """`nll` of recon = h weight^T + bias, of shape `(N, D)`, with the log-variance `var`; row n belongs to row n % B of x."""
+    acc = accumulate_dtype(h, x, weight, bias, var)
+    recon = h.to(acc) @ weight.to(acc).T
+    recon = recon if bias is None else recon + bias.to(acc)
+    if len(recon) != len(x):
+        x = x.expand(len(recon) // len(x), *x.shape).flatten(0, 1)
+    return nll(recon, x, var, None, "logvar", full, 0.0, keep)
+
+
 def kl(
     mu: Tensor,
     logvar: Tensor,

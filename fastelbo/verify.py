@@ -281,6 +281,54 @@ class _Part(NamedTuple):
         return max(t.numel() for t in self.inputs if isinstance(t, Tensor))
 
 
+class _LinearPart(NamedTuple):
+    """As `_Part`, of a linear layer, whose products cancel on their way: sizes are products of magnitudes."""
+
+    part: _Part
+    # What a product's operands lose beyond the arithmetic: residuals are rounded to half precision, and everything to tf32.
+    of_residuals: float
+    of_operands: float
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.part.names
+
+    @property
+    def dtypes(self) -> Sequence[torch.dtype | None]:
+        return self.part.dtypes
+
+    def values(self) -> list[_Truth]:
+        (truth,) = self.part.values()
+        ((_, factor),) = self.part.sums
+        residual, slope = self._residuals()
+        size = 0.5 * (slope * residual + torch.as_tensor(self.part.inputs[-1]).detach().abs() + reference.LOG_2PI)
+        return [truth._replace(size=abs(factor) * (size.sum(1) if truth.value.ndim else size.sum()))]
+
+    def gradients(self, ups: Sequence[Tensor | None]) -> list[_Truth | None] | None:
+        truths = self.part.gradients(ups)
+        if truths is None:
+            return None
+        h, x, weight, *_ = self.part.inputs
+        (up,), ((_, factor),) = ups, self.part.sums
+        assert up is not None
+        rate = (abs(factor) * up).abs().reshape(-1, 1)
+        residual, slope = self._residuals()
+        of_var = 0.5 * rate * (1.0 + slope * residual)
+        slope = slope * rate
+        rounded = (1.0 + self.of_residuals) * slope
+        sizes = rounded @ weight.abs(), slope.view(-1, *x.shape).sum(0), rounded.T @ h.abs(), slope.sum(0), of_var
+        each = zip(truths, sizes, self.part.inputs, strict=True)
+        return [None if truth is None else truth._replace(size=size.sum_to_size(t.shape)) for truth, size, t in each]
+
+    def _residuals(self) -> tuple[Tensor, Tensor]:
+        """Magnitudes of what is added up to a residual, and of that over the variance: (rows of h, columns)."""
+        h, x, weight, bias, var = (t.detach() if isinstance(t, Tensor) else t for t in self.part.inputs)
+        product = h.abs() @ weight.abs().T
+        residual = product if bias is None else product + bias.abs()
+        residual = residual + x.abs().repeat(len(h) // len(x), 1) + self.of_operands * product
+        return residual, residual * torch.exp(-torch.as_tensor(var, dtype=h.dtype))
+
+
 _LATENT = ("mu", "logvar", "prior_mu", "prior_logvar")
 _LOSSES = ("loss", "nll", "kl")
 
@@ -292,6 +340,24 @@ def _nll_part(
     dtypes, wide, weight = [getattr(t, "dtype", None) for t in inputs], [_wide(t) for t in inputs], _wide(weight)
     sums = [(lambda v: _nll(v, weight, kind, full, eps, keep), _wide(scale))]
     return _Part(("recon", "x", name or kind), dtypes, wide, needs, sums)
+
+
+def _linear_part(inputs: Sequence[Any], needs: Sequence[bool], full: bool, keep: int, scale: Any, precision: Any) -> _LinearPart:
+    dtypes = [getattr(t, "dtype", None) for t in inputs]
+
+    def terms_of(v: Sequence[Any]) -> _Terms:
+        total = reference.linear_nll(v[0], v[1], v[2], v[3], v[4], full, keep)
+        return _Terms(total, [total])
+
+    operand = torch.promote_types(inputs[0].dtype, inputs[2].dtype)
+    half = operand in (torch.float16, torch.bfloat16)
+    fast = operand == torch.float32 and (
+        precision == "tf32" or (precision is None and torch.get_float32_matmul_precision() == "medium")
+    )
+    # In units of the default rtol, which multiplies sizes.
+    lost = 2**-9 if fast else 0.0
+    part = _Part(("h", "x", "weight", "bias", "logvar"), dtypes, [_wide(t) for t in inputs], needs, [(terms_of, _wide(scale))])
+    return _LinearPart(part, (torch.finfo(operand).eps if half else lost) / 2e-5, lost / 2e-5)
 
 
 def _latent_part(
@@ -384,7 +450,7 @@ class _Checked:
         # What the forward pass leaves: how it was called, the KL's factor, and what gradients that it wrote are compared with.
         self._call = ""
         self._kl_factor: Any = None
-        self._pending: list[_Part] = []
+        self._pending: list[_Part | _LinearPart] = []
         self._handed_over = False
 
     def nll_forward(self, *args: Any) -> Any:
@@ -471,6 +537,23 @@ class _Checked:
         self._pending = [nll, kl] if any(needs) else []
         return outs
 
+    def linear_nll_forward(self, *args: Any) -> Any:
+        nll, ready = self._backend.linear_nll_forward(*args)
+        *inputs, full, keep, scale, precision, needs = args
+        with _oracle():
+            part = _linear_part(inputs, needs, full, keep, scale, precision)
+            self._forward("linear_nll_forward", args, [_Result("nll", nll, accumulate_dtype(*inputs), *part.values())])
+        self._pending = [] if ready is None else [part]
+        return nll, ready
+
+    def linear_nll_backward(self, *args: Any) -> Any:
+        grads = self._backend.linear_nll_backward(*args)
+        *inputs, keep, scale, grad, precision, needs = args
+        with _oracle():
+            part = _linear_part(inputs, needs, False, keep, scale, precision)
+            self._backward(_describe("linear_nll_backward", args), [(part, grads, [grad])])
+        return grads
+
     def scale_gradients(self, grads: Any, grad: Tensor | None) -> Any:
         grads = self._backend.scale_gradients(grads, grad)
         pieces, start = [], 0
@@ -491,8 +574,8 @@ class _Checked:
         self._compare(self._call, results, seeded=seeded)
 
     def _backward(
-        self, call: str, pieces: Sequence[tuple[_Part, Sequence[Any], Sequence[Tensor | None]]], *, seeded: bool = False,
-        roundings: int = 1, count: bool = True,
+        self, call: str, pieces: Sequence[tuple[_Part | _LinearPart, Sequence[Any], Sequence[Tensor | None]]], *,
+        seeded: bool = False, roundings: int = 1, count: bool = True,
     ) -> bool:  # fmt: skip
         """Whether there was anything to compare."""
         results = []

@@ -148,7 +148,8 @@ def scale_kernel(g0, g1, g2, g3, g4, g5, g6, n0, n1, n2, n3, n4, n5, n6, grad, B
 
 def scale_gradients(grads, grad):
     """Multiply gradients that nobody has seen yet by the upstream scalar, in place and without reading it on the host."""
-    counts = [0 if g is None else g.numel() for g in grads]
+    buffers = (*grads, *(None,) * (7 - len(grads)))
+    counts = [0 if g is None else g.numel() for g in buffers]
     programs = min(PROGRAMS, max(1, -(-max(counts) // TILE)))
-    launch(scale_kernel, programs, grad.device, *grads, *counts, grad, TILE)
+    launch(scale_kernel, programs, grad.device, *buffers, *counts, grad, TILE)
     return grads

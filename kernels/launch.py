@@ -144,40 +144,48 @@ class Call(NamedTuple):
         return *self.grads[:2], self.shares.sum_to_size(var.shape).to(var.dtype)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any) -> None:
-    """Launch on the device of the tensors, which need not be the current one."""
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, tuned: dict[str, int] | None = None) -> None:
+    """Launch on the device of the tensors, which need not be the current one, with `tuned` compiler options of its own."""
+    # Left out where there are none, so that what takes the place of `start` need not know of them.
+    rest = () if tuned is None else (tuned,)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            start(kernel, programs, args)
+            start(kernel, programs, args, *rest)
     else:
-        start(kernel, programs, args)
+        start(kernel, programs, args, *rest)
 
 
-def start(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
+def start(kernel: Any, programs: int, args: tuple[Any, ...], tuned: dict[str, int] | None = None) -> None:
     """Every launch of the package goes through here: `benchmarks/codegen.py` and the tests that count launches take its place."""
-    kernel[(programs,)](*args, **_current_options())
+    kernel[(programs,)](*args, **_current_options(tuned))
 
 
-def options(backend: str, capability: int) -> dict[str, Any]:
-    """Compiler options for a target ("cuda" or "hip", and 10 times the compute capability)."""
+def backend() -> str:
+    """For which of Triton's backends to plan a launch that differs between them."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def options(backend: str, capability: int, tuned: dict[str, int] | None = None) -> dict[str, Any]:
+    """Compiler options for a target ("cuda" or "hip", and 10 times the compute capability); `tuned` ones override the common."""
+    chosen: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
     if backend == "hip":
         # With WARPS it spilled scalar registers (a mask takes two of them for each element of a thread); with twice as many, none.
-        return {"num_warps": 2 * WARPS, "enable_fp_fusion": True}
-    if capability >= 100:
+        chosen["num_warps"] = 2 * WARPS
+    elif capability >= 100 or tuned:
         # Left alone, its assembler spills around the loop of a kernel that uses 48 registers. The bounds tried
-        # (128 to 255) stop that, and this one binds nothing else.
-        return {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": 255}
-    return {"num_warps": WARPS, "enable_fp_fusion": True}
+        # (128 to 255) stop that, and this one binds nothing else. The large kernels with tuned options need it on every target.
+        chosen["maxnreg"] = 255
+    return chosen | (tuned or {})
 
 
 @cache
-def _options_of(device: int) -> dict[str, Any]:
+def _options_of(device: int, tuned: tuple[tuple[str, int], ...]) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(device)
-    return options("hip" if torch.version.hip else "cuda", 10 * major + minor)
+    return options(backend(), 10 * major + minor, dict(tuned))
 
 
-def _current_options() -> dict[str, Any]:
-    return {} if INTERPRETED else _options_of(torch.cuda.current_device())
+def _current_options(tuned: dict[str, int] | None) -> dict[str, Any]:
+    return {} if INTERPRETED else _options_of(torch.cuda.current_device(), tuple(tuned.items()) if tuned else ())
 
 
 def scalar(value: float | Tensor, acc: torch.dtype, device: torch.device) -> float | Tensor:

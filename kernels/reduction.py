@@ -80,7 +80,7 @@ def finish_kernel(
         if loss is None:
             if (pid >= a_programs) & (pid < a_programs + b_programs):
                 sums, at, live = _segment(pid - a_programs, b, b_out, b_outer, b_kept, b_inner, b_step, B_BK, REDUCE // B_BK)
-                tl.store(at, (sums * read(b_scale, ACC).to(tl.float64)).to(ACC), live)
+                tl.store(at, narrow((sums * read(b_scale, ACC).to(tl.float64)).to(ACC), b_out), live)
     if v is not None:
         if pid >= a_programs + b_programs:
             rank = pid - a_programs - b_programs
@@ -96,7 +96,7 @@ def finish(
     loss: Tensor | None = None,
     beta: float | Tensor = 1.0,
 ) -> None:
-    """Add partials up in one launch: the terms `a` and `b` into tensors of dtype acc, a variance's gradient `v` into its own."""
+    """Add partials up in one launch: the terms `a` (and, with `loss`, `b`) into tensors of dtype acc, gradients into their own."""
     args: list[object] = []
     blocks, programs = [], 0
     for s in (a, b, v):
