@@ -775,9 +775,9 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
                 if wide_bias is not None:
                     d += wide_bias[at]
                 if need_h:
-                    d_h[here] += d @ rated_weight[at]
+                    _add_product(d_h[here], d, rated_weight[at], left == 0)
                 if need_weight:
-                    d_weight[at] += d.T @ rated_h[here]
+                    _add_product(d_weight[at], d.T, rated_h[here], top == first == 0)
                 if need_x:
                     d_x[rows, at] -= d * up[here] if by_row else d
                 # From here on nobody needs d itself.
@@ -821,6 +821,14 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
         d_var = d_var.reshape(var.shape)
     grads = d_h, d_x, d_weight, d_bias, d_var
     return sums, tuple([None if g is None else g.to(t.dtype) for g, t in zip(grads, (h, x, weight, bias, var), strict=True)])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or total = a @ b for the first."""
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total += a @ b
 
 
 def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs) -> tuple[Tensor, Grads | None]:
