@@ -212,7 +212,7 @@ def _profiled_peak(step: Step, loss: Callable[..., Result]) -> int:
 def measure(workload: Workload, device: torch.device, dtype: torch.dtype, scale: str, quick: bool, copy: float) -> dict[str, Any]:
     """A record of one workload: `peers` holds the figures of each, or `wrong` names those whose numbers are off, and no speed."""
     losses = peers(workload)
-    sizes = workload.sizes(scale)
+    sizes = workload.sizes("quick" if quick and scale == "small" else scale)
     inputs = workload.inputs(Draw(device, dtype), **sizes)
     elements, forward_elements, step_elements = workload.traffic(**sizes)
     record: dict[str, Any] = {
@@ -232,7 +232,7 @@ def measure(workload: Workload, device: torch.device, dtype: torch.dtype, scale:
     own_noise = device.type == "cuda"
     steps = [Step(inputs, own_noise)]
     steps += [Step(workload.inputs(Draw(device, dtype, seed), **sizes), own_noise) for seed in range(1, copies)]
-    samples = rounds(Clock(steps, device), losses, *((7, 1.0) if quick else (31, 8.0)))
+    samples = rounds(Clock(steps, device), losses, *((7, 0.5) if quick else (31, 8.0)))
     host: dict[str, float | None] = dict.fromkeys(losses)
     if device.type == "cuda":
         host = {p: 1e6 * statistics.median(h for *_, h in s if h is not None) for p, s in samples.items()}

@@ -56,9 +56,13 @@ class Workload:
     traffic: Callable[..., tuple[int, int, int]]
     tiny: Sizes = field(default_factory=dict)
     flops: Callable[..., int] | None = None
+    # What a quick run on a small machine changes, where torch.compile takes longer than everything else.
+    quick: Sizes = field(default_factory=dict)
 
     def sizes(self, scale: str) -> Sizes:
-        """`full`, `small`, or `tiny`: nothing but the host's own work is left."""
+        """`full`, `small`, `quick` (small, or less), or `tiny`: nothing but the host's own work is left."""
+        if scale == "quick":
+            return self.small | self.quick
         return self.full if scale == "full" else self.small if scale == "small" else dict.fromkeys(self.full, 2) | self.tiny
 
 
@@ -182,8 +186,12 @@ VDVAE_GROUPS = {1: 1, 4: 3, 8: 6, 16: 11, 32: 22}
 NAMES = ("mu", "logvar", "prior_mu", "prior_logvar")
 
 
-def groups_inputs(draw: Draw, batch: int, channels: int, shrink: int) -> dict[str, Tensor]:
-    sides = [max(1, side // shrink) for side, count in VDVAE_GROUPS.items() for _ in range(count)]
+def groups_sides(shrink: int, every: int) -> list[int]:
+    return [max(1, side // shrink) for side, count in VDVAE_GROUPS.items() for _ in range(count)][::every]
+
+
+def groups_inputs(draw: Draw, batch: int, channels: int, shrink: int, every: int) -> dict[str, Tensor]:
+    sides = groups_sides(shrink, every)
     return {f"{n}{i}": draw(batch, channels, s, s, scale=0.3) for i, s in enumerate(sides) for n in NAMES}
 
 
@@ -208,8 +216,8 @@ def groups_fused(**t: Tensor) -> Tensor:
     return torch.stack(per_group).sum(0).mean()
 
 
-def groups_traffic(batch: int, channels: int, shrink: int) -> tuple[int, int, int]:
-    latents = batch * channels * sum(max(1, side // shrink) ** 2 * count for side, count in VDVAE_GROUPS.items())
+def groups_traffic(batch: int, channels: int, shrink: int, every: int) -> tuple[int, int, int]:
+    latents = batch * channels * sum(side**2 for side in groups_sides(shrink, every))
     return latents, 4 * latents, (4 + 4 + 4) * latents
 
 
@@ -368,9 +376,10 @@ WORKLOADS = [
         packed_inputs, packed_eager, packed_parts, packed_fused, packed_traffic, {"frames": 5, "height": 8, "width": 8},
     ),
     Workload(
-        "vdvae-cifar", "openai/vdvae, 43 groups of latents with a learned prior", {"batch": 16, "channels": 16, "shrink": 1},
-        {"batch": 2, "channels": 16, "shrink": 1}, groups_inputs, groups_with(kl_eager), groups_with(kl_parts), groups_fused,
-        groups_traffic, {"shrink": 32},
+        "vdvae-cifar", "openai/vdvae, 43 groups of latents with a learned prior",
+        {"batch": 16, "channels": 16, "shrink": 1, "every": 1}, {"batch": 2, "channels": 16, "shrink": 1, "every": 1},
+        groups_inputs, groups_with(kl_eager), groups_with(kl_parts), groups_fused, groups_traffic, {"shrink": 32, "every": 1},
+        quick={"every": 8},
     ),
     Workload(
         "vits", "jaywalnut310/vits, the analytical KL between two masked sequences", {"batch": 64, "channels": 192, "frames": 570},
