@@ -270,7 +270,7 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def _factor(value: Factor, like: Tensor, host: bool) -> Factor:
-    """A factor for `like`: on a host as a kept 0-d tensor, which costs half of what a Python number does."""
+    """A factor for `like`: on a host as a kept 0-d tensor, which costs less than a Python number does."""
     return _constant(value, like.dtype) if host and type(value) is float else value
 
 
@@ -539,7 +539,7 @@ def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Te
     exp = torch.exp(v)  # the series gives expm1 too, where exp - 1 differs from it
     if prior_logvar is not None and not torch.compiler.is_compiling():
         # Far from the prior the rounding of v moves e^v by many times its own: `low` is what v lost (Knuth's two-sum). In a traced
-        # function that is too much for Inductor to keep in one loop, and it takes a third longer.
+        # function that is too much for Inductor to keep in one loop.
         back = v - logvar
         more = exp * ((logvar - (v - back)) - (prior_logvar + back))
         exp = torch.where(more.abs() < math.inf, exp + more, exp)
