@@ -86,7 +86,8 @@ def linear_gaussian_nll(
     """-log N(x; h weight^T + bias, exp(logvar)), in nats, without the `(batch, elements)` mean or its gradient in memory.
 
     What `gaussian_nll(F.linear(h, weight, bias), x, logvar=logvar)` computes (Kingma & Welling 2014, appendix C.2), for the last
-    layer of any decoder. Products are recomputed in backward where the forward pass has not written the gradients.
+    layer of any decoder. Products are recomputed in backward where the forward pass has not written the gradients. Under
+    torch.compile, and with impl="reference", the mean is in memory after all; x's gradient, if asked for, has x's size anyway.
 
     Args:
         h: Input of the layer, `(batch, hidden)`, of any floating dtype.
@@ -140,8 +141,9 @@ def linear_elbo_loss(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE whose decoder is one linear layer: -log N(x; z weight^T + bias, exp(recon_logvar)) + beta * KL.
 
-    z is sampled from N(mu, exp(logvar)), and the reconstruction is never in memory: Kingma & Welling 2014, equation 10, for linear
-    VAEs and pPCA (Lucas et al. 2019), linearly decoded single-cell models, tabular and recommender decoders.
+    z is sampled from N(mu, exp(logvar)), and the reconstruction is not in memory (but as in `linear_gaussian_nll`): Kingma & Welling
+    2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded single-cell models, tabular and recommender
+    decoders.
 
     Args:
         x: Data, `(batch, elements)`.
