@@ -141,9 +141,9 @@ def linear_elbo_loss(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE whose decoder is one linear layer: -log N(x; z weight^T + bias, exp(recon_logvar)) + beta * KL.
 
-    z is sampled from N(mu, exp(logvar)), and the reconstruction is not in memory (but as in `linear_gaussian_nll`): Kingma & Welling
-    2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded single-cell models, tabular and recommender
-    decoders.
+    z is sampled from N(mu, exp(logvar)), and the reconstruction is not in memory, but where `linear_gaussian_nll` says: Kingma &
+    Welling 2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded single-cell models, tabular and
+    recommender decoders.
 
     Args:
         x: Data, `(batch, elements)`.
