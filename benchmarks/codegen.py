@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time for real GPUs, without one: registers, spills, vector width, instructions per element.
 
-    python -m benchmarks.codegen [--target sm_90 ...] [--json FILE]
+    python -m benchmarks.codegen [--target sm_90 ...] [--width 32 ...] [--json FILE]
 
 The calls below go through the package's own host code; what it would launch is compiled instead. Exit status 1 if a kernel spills,
 if an elementwise kernel reads or writes dense float32 tensors in less than 16 bytes, if a kernel takes more shared memory than its
@@ -54,6 +54,7 @@ TARGETS = {
 SCALARS = 8
 ELEMENTWISE = ("nll_kernel", "latent_kernel", "elbo_kernel")
 PRODUCTS = ("rows_kernel", "columns_kernel")
+WIDTHS = (16, 32, 64, 128)
 MATRIX = {"wgmma": r"[HQ]GMMA", "tcgen05": r"UTC\w*MMA", "mma": r"HMMA", "mfma": r"v_mfma_"}
 
 
@@ -130,35 +131,55 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "packed moments", True, lambda: backward(fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1))
 
 
-def linear_cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
-    """(name, whether its products are to run in matrix instructions, call)."""
-    f32, bf16 = torch.float32, torch.bfloat16
+def linear_cases(widths: list[int]) -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """(name, whether its products are to run in matrix instructions, call), for decoder inputs of these widths."""
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    batch, cols = 2048, 1024
 
-    def inputs(dtype: torch.dtype, width: int, learned: bool = True, samples: int = 1) -> tuple[Any, ...]:
-        shapes = (samples * 2048, width), (2048, 1024), (1024, width), (1024,), (1024,)
-        h, x, weight, bias, var = (torch.zeros(shape, dtype=dtype) for shape in shapes)
-        return h, x, weight, bias, var if learned else 0.0
+    def layer(dtype: torch.dtype, width: int) -> tuple[Any, ...]:
+        return tuple(torch.zeros(shape, dtype=dtype) for shape in ((batch, cols), (cols, width), (cols,), (cols,)))
 
-    def forward(dtype: torch.dtype, width: int, precision: str | None, needs: tuple[bool, ...]) -> Any:
-        return linear_elbo.linear_nll_forward(*inputs(dtype, width, needs[4]), True, 0, 1.0, precision, needs)
-
-    def backward(dtype: torch.dtype, width: int, precision: str | None, samples: int = 1) -> Any:
+    def of_layer(dtype: torch.dtype, width: int, precision: str | None, samples: int = 1, gradients: bool = True) -> Any:
+        """A backward with an upstream gradient for each row; without gradients, a forward."""
+        x, weight, bias, var = layer(dtype, width)
+        h = torch.zeros(samples * batch, width, dtype=dtype)
+        if not gradients:
+            return linear_elbo.linear_nll_forward(h, x, weight, bias, 0.0, True, 0, 1.0, precision, (False,) * 5)
         needs = samples == 1, True, True, True, True  # of several samples only the gradients that are summed over them
-        grad = torch.ones(samples * 2048)
-        return linear_elbo.linear_nll_backward(*inputs(dtype, width, True, samples), 1, 1.0, grad, precision, needs)
+        return linear_elbo.linear_nll_backward(h, x, weight, bias, var, 1, 1.0, torch.ones(len(h)), precision, needs)
 
-    decoder = (True, False, True, True, False)
+    def elbo(dtype: torch.dtype, width: int, precision: str | None, prior: bool = True, keep: int = 0, given: bool = False) -> Any:
+        """A forward with gradients, or where these are recomputed, a backward."""
+        x, weight, bias, var = layer(dtype, width)
+        mu = torch.zeros(batch, width, dtype=dtype)
+        noise = (mu, None) if given else (None, torch.zeros((), dtype=torch.int64))
+        inputs = x, mu, mu, weight, bias, var, *((mu, mu) if prior else (None, None)), *noise, None
+        needs = False, True, True, True, True, True, prior, prior
+        if keep or dtype == f16:
+            grad = torch.ones(batch) if keep else torch.ones(())
+            return linear_elbo.linear_elbo_backward(*inputs, keep, 1.0, 1.0, 1.0, grad, precision, needs)
+        return linear_elbo.linear_elbo_forward(*inputs, True, 0, 1.0, 1.0, 1.0, precision, needs)
+
     kinds = (bf16, None), (f32, "tf32"), (f32, "tf32x3"), (f32, "ieee")
-    # Products of one kind have one choice of tiles up to a width of 64, so that one of the narrow widths tells of both.
-    for width, some in ((16, kinds[:2]), (32, kinds[2:]), (64, kinds), (128, kinds)):
-        for dtype, precision in some:
-            name, strict = f"linear {width}, {precision or 'bf16'}", precision != "ieee"
-            yield f"{name}, per-row backward", strict, lambda d=dtype, w=width, p=precision: backward(d, w, p)
-            # Simpler kernels than those of a backward, but compilers lift more out of a simpler loop, and have spilled for it.
+    for width in widths:
+        for dtype, precision in kinds:
+            kind, strict = precision or "bf16", precision != "ieee"
+            yield f"linear {width}, {kind}", strict, lambda d=dtype, w=width, p=precision: of_layer(d, w, p)
+            yield f"linear ELBO {width}, {kind}, prior", strict, lambda d=dtype, w=width, p=precision: elbo(d, w, p)
+            # Simpler kernels than those above, but compilers lift more out of a simpler loop, and have spilled for it.
             if width == 128:
-                yield f"{name}, 3 samples", strict, lambda d=dtype, w=width, p=precision: backward(d, w, p, 3)
-                yield f"{name}, forward", strict, lambda d=dtype, w=width, p=precision: forward(d, w, p, (False,) * 5)
-                yield f"{name}, forward, gradients", strict, lambda d=dtype, w=width, p=precision: forward(d, w, p, decoder)
+                yield f"linear {width}, {kind}, 3 samples", strict, lambda d=dtype, w=width, p=precision: of_layer(d, w, p, 3)
+                yield f"linear {width}, {kind}, forward", strict, lambda d=dtype, w=width, p=precision: of_layer(d, w, p, 1, False)
+                yield f"linear ELBO {width}, {kind}", strict, lambda d=dtype, w=width, p=precision: elbo(d, w, p, False)
+                yield (
+                    f"linear ELBO {width}, {kind}, eps",
+                    strict,
+                    lambda d=dtype, w=width, p=precision: elbo(d, w, p, False, 0, True),
+                )
+    # Rows that start anywhere, and the widest float16.
+    yield "linear ELBO 10, bf16, per row", True, lambda: elbo(bf16, 10, None, keep=1)
+    yield "linear ELBO 10, tf32, per row", True, lambda: elbo(f32, 10, "tf32", keep=1)
+    yield "linear ELBO 128, fp16", True, lambda: elbo(f16, 128, None)
 
 
 def launches(call: Callable[[], Any], target: str = "cuda") -> list[tuple[Any, tuple[Any, ...], dict[str, int] | None]]:
@@ -249,9 +270,9 @@ def matrix_instructions(code: list[str]) -> str:
     return ", ".join(kinds) or "none"
 
 
-def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Report]:
+def reports(targets: list[str], widths: list[int], names: list[str] | None = None) -> Iterator[Report]:
     seen = set()
-    everything = [(*c, False) for c in cases()] + [(*c, True) for c in linear_cases()]
+    everything = [(*c, False) for c in cases()] + [(*c, True) for c in linear_cases(widths)]
     for case, strict, call, linear in everything:
         if names and case not in names:
             continue
@@ -285,6 +306,7 @@ def reports(targets: list[str], names: list[str] | None = None) -> Iterator[Repo
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
+    parser.add_argument("--width", nargs="*", type=int, choices=WIDTHS, default=list(WIDTHS), help="of a linear decoder's input")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args(argv)
     from rich.console import Console
@@ -298,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     found = []
     console = Console(width=None if sys.stdout.isatty() else 150)
     with console.status("compiling") as status:
-        for r in reports(options.target):
+        for r in reports(options.target, options.width):
             status.update(f"compiling: {r.case}, {r.kernel}, {r.target}")
             found.append(r)
             style = "red" if r.problems else None

@@ -257,6 +257,62 @@ class LinearNLL(Function):
         return *grads, None
 
 
+class LinearELBO(Function):
+    """loss = scaled sums of nll + beta * scaled sums of kl over all but `keep` dimensions, across a linear decoder of a sample.
+
+    `options`: (samples, full, keep, nll_scale, kl_scale, beta, precision, terms, track, backend).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float,
+        prior_mu: Tensor | None, prior_logvar: Tensor | None, eps: Tensor | None, seed: Tensor | None, options: tuple[Any, ...],
+    ) -> Any:  # fmt: skip
+        fixed = None if isinstance(var, Tensor) else var
+        ctx.save_for_backward(x, mu, logvar, weight, bias, var if fixed is None else None, prior_mu, prior_logvar, eps, seed)
+        ctx.fixed = fixed
+        *rest, terms, track, backend = ctx.options = options
+        ctx.set_materialize_grads(False)
+        needs = ctx.needs_input_grad[:8] if track else (False,) * 8
+        loss, nll, kl, ctx.ready = backend.linear_elbo_forward(
+            x, mu, logvar, weight, bias, var, prior_mu, prior_logvar, eps, seed, *rest, needs
+        )
+        if not terms:
+            return loss
+        ctx.mark_non_differentiable(nll, kl)
+        return loss, nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        ready, ctx.ready = ctx.ready, None
+        if grad is None:
+            return (None,) * 11
+        samples, full, keep, nll_scale, kl_scale, beta, precision, _terms, _track, backend = ctx.options
+        if ready is not None and not _is_differentiated():
+            return *backend.scale_gradients(ready, grad), *(None,) * 3
+        *inputs, eps, seed = ctx.saved_tensors
+        if ctx.fixed is not None:
+            inputs[5] = ctx.fixed
+        needs = ctx.needs_input_grad[:8]
+        if _is_differentiated():
+
+            def expression(x, mu, logvar, weight, bias, var, prior_mu, prior_logvar) -> Outputs:
+                z = reference.sample(mu, logvar, eps if seed is None else sample_noise(mu, seed, samples), None)
+                rows = z if samples is None else z.flatten(0, 1)
+                nll = nll_scale * reference.linear_nll(rows, x, weight, bias, var, full, keep)
+                if keep and samples is not None:
+                    nll = nll.view(samples, -1).sum(0)
+                kl = kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, None, keep)
+                return [nll + beta * kl]
+
+            grads = _differentiate(expression, inputs, needs, [grad])
+        else:
+            grads = backend.linear_elbo_backward(
+                *inputs, eps, seed, samples, keep, nll_scale, kl_scale, beta, grad, precision, needs
+            )
+        return *grads, *(None,) * 3
+
+
 def _save_elbo(ctx: Any, recon, x, var, mu, logvar, prior_mu, prior_logvar, weight) -> None:
     ctx.save_for_backward(recon, x, var if isinstance(var, Tensor) else None, mu, logvar, prior_mu, prior_logvar, weight)
     ctx.fixed = None if isinstance(var, Tensor) else var

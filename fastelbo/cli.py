@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="hold fused and eager numerics against the float64 truth")
     compare.add_argument("--op", metavar="NAME", help="one function, or one way to call it such as gaussian_kl/prior (default all)")
     compare.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, float16 or float64 (default all)")
-    compare.add_argument("--shape", metavar="N,...", help="shape of every tensor, batch first, such as 64,784 (default a few)")
+    compare.add_argument(
+        "--shape", metavar="N,...",
+        help="shape of every tensor, batch first, such as 64,784 (default a few); of a linear layer that of x, as a matrix",
+    )  # fmt: skip
     compare.add_argument(
         "--logvar-range", nargs=2, type=float, metavar=("LO", "HI"),
         help="of log-variances, less the prior's (default near the prior, wide, extreme)",

@@ -9,7 +9,8 @@ input's own for a gradient), and relative, both at the *size* of each element: t
 to give it. Where the terms have one sign that is the element itself. Where they cancel it is more: the slope of a log-variance,
 (1 - d^2 / s^2) / 2, is 0 wherever the variance fits, and there a single correct rounding is off by any multiple of the result. The
 terms are those of forms that do not cancel without need, so the KL near its prior, whose usual formula subtracts numbers of size 1,
-is held to its own size. Elements below the smallest normal number take that number's ulp.
+is held to its own size. Across a linear layer a residual's size is that of x, bias and every product that is added to it, and the
+size of what the residual enters follows. Elements below the smallest normal number take that number's ulp.
 
 **Bound.** In every case the largest and the mean error of the fused result may be `LUCK` times eager's, plus `SLACK` ulp; in half
 precision eager means the formula on widened inputs, which is the better one. `LUCK`: two correct roundings of an expression differ,
@@ -18,7 +19,12 @@ rounding, or one where Triton's interpreter cuts bfloat16 off, and as much from 
 tests/test_numerics.py, whose ulp are of the largest element where these are of each element's size. Two things add to `SLACK`:
 
 - A sum of n terms: log2(n) / 2 ulp, the bound of pairwise summation. A total is one number, for which eager may be exact.
-- float64: `ORACLE_SLACK`. There the oracle takes half a dozen roundings too, mostly eager's own, whose error is then 0.
+- float64: `ORACLE_SLACK`. There the oracle takes half a dozen roundings too, mostly eager's own, whose error is then 0. So it is
+  with matrix products, which may add their n terms one after the other: n roundings of half an ulp and of either sign are
+  sqrt(n) / 2 in the oracle and as much in the fused result, for the residual and for a gradient that is a product with it.
+
+In half precision `linear_elbo_loss` multiplies z in mu's dtype, and z's gradient comes back in it. Its truth is of the z that
+`reparameterize` gives, where z's own error is compared; the formula on widened inputs has that z too, and rounds its gradient.
 
 Elements that become inf or NaN though the truth is finite in the result's dtype are counted as lost. A fused result may lose what
 eager loses; what eager alone loses is not compared. Where the truth overflows the dtype, inf is right.
@@ -41,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from . import backend, functional
+from . import backend, functional, linear
 from .reference import LOG_2PI, accumulate_dtype
 
 if TYPE_CHECKING:
@@ -66,6 +72,10 @@ MAX_ELEMENTS = 2**24  # the oracle holds some twenty float64 tensors of that siz
 FIXED = -2.0  # the log-variance of the ops with a fixed variance
 CONSTANTS = ("eps",)  # what gets no gradient
 LATENT = ("mu", "logvar", "prior_mu", "prior_logvar", "eps")  # what has mu's shape, where there is a mu
+HIDDEN = 20  # the width of a linear layer's input, which no shape says, but for WEIGHTS
+WEIGHTS = 2**20  # the most elements that a weight has without being larger than x
+# Of what a linear layer takes: batch, elements and hidden width.
+AXES = {"x": "be", "weight": "eh", "bias": "e", "h": "bh", "mu": "bh", "logvar": "bh", "eps": "bh", "recon_logvar": "e"}
 POINTS = 16  # of a profile
 TOLD = 10  # failures that are printed
 
@@ -177,6 +187,27 @@ def terms_of_nll_loss(input: Tensor, target: Tensor, var: Tensor) -> list[Tensor
     return [0.5 * torch.log(clamped), 0.5 * (input - target) ** 2 / clamped]
 
 
+def across(nll: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of a reconstruction, as one of the linear layer that makes it."""
+
+    def formula(h: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Any:
+        dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), bias.dtype)  # products alone do not promote
+        return nll(F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype)), *rest)
+
+    return formula
+
+
+def sampled(nll: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of a layer's input, as one of the posterior that it is drawn from. `z`, if given, is the value of that input."""
+
+    def formula(mu: Tensor, logvar: Tensor, eps: Tensor, z: Tensor | None, *rest: Tensor) -> Any:
+        h = usual_sample(mu, logvar, eps)
+        # A gradient through z's dtype is rounded to it, as the value was.
+        return nll(h if z is None else (h + (z.to(h.dtype) - h).detach()).to(z.dtype).to(h.dtype), *rest)
+
+    return formula
+
+
 # ---- the ops ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +227,10 @@ NLL_FIXED = Formula(usual_nll_fixed, torch_nll_fixed, terms_of_nll_fixed)
 NLL_STD = Formula(usual_nll_std, torch_nll_std, terms_of_nll_std)
 NLL_VAR = Formula(usual_nll_var, torch_nll_var, terms_of_nll_var)
 NLL_LOSS = Formula(usual_nll_loss, torch_nll_loss, terms_of_nll_loss)
+LINEAR = Formula(*(across(writing) for writing in (usual_nll, torch_nll, terms_of_nll)))
+LINEAR_FIXED = Formula(*(across(writing) for writing in (usual_nll_fixed, torch_nll_fixed, terms_of_nll_fixed)))
+SAMPLED = Formula(*(sampled(across(writing)) for writing in (usual_nll, torch_nll, terms_of_nll)))
+SAMPLED_FIXED = Formula(*(sampled(across(writing)) for writing in (usual_nll_fixed, torch_nll_fixed, terms_of_nll_fixed)))
 
 
 def per_element(t: Tensor) -> Tensor:
@@ -231,19 +266,43 @@ class Op:
         return self.name.split("/")[0]
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it has a linear layer inside: its tensors differ in shape, and what its products add up may cancel."""
+        return self.function.startswith("linear_")
+
+    @property
     def args(self) -> list[str]:
-        return list(dict.fromkeys(name for _, addends in self.results.values() for _, names in addends for name in names))
+        every = dict.fromkeys(name for _, addends in self.results.values() for _, names in addends for name in names)
+        return [name for name in every if name != "z"]  # the sample is no argument
 
     @property
     def learned(self) -> list[str]:
         return [name for name in self.args if name not in CONSTANTS]
 
+    def axes(self, name: str) -> str:
+        """Of an argument of a linear op."""
+        return "" if name == self.scalar else "e" if name == "logvar" and "mu" not in self.args else AXES[name]
+
+    def size(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which an argument is drawn."""
+        if name == self.scalar:
+            return ()
+        if not self.is_linear:
+            return shape
+        batch, elements = shape[0], math.prod(shape[1:])
+        lengths = {"b": batch, "e": elements, "h": max(1, min(HIDDEN, WEIGHTS // max(batch, elements)))}
+        return tuple(lengths[axis] for axis in self.axes(name))
+
     def side(self, name: str) -> str:
         """The argument whose shape `name` broadcasts to."""
+        if self.is_linear:
+            return name
         return "mu" if "mu" in self.args and name in LATENT else self.args[0]
 
     def sources(self, result: str) -> list[str]:
-        """The arguments that a result, or the gradient "d name" in an argument, is computed from."""
+        """The arguments that a result, or the gradient "d name" in an argument, is computed from element by element."""
+        if self.is_linear:
+            return [name for name in self.args if result not in self.results and self.axes(name) == self.axes(result[2:])]
         every = [addend for _, addends in self.results.values() for addend in addends]
         addends = self.results[result][1] if result in self.results else [a for a in every if result[2:] in a[1]]
         return list(dict.fromkeys(name for _, names in addends for name in names))
@@ -256,7 +315,7 @@ class Op:
         options: dict[str, Any] = dict(self.fixed)
         if self.function != "gaussian_nll_loss":  # which has torch's arguments and no other
             options["impl"] = impl
-        out = getattr(functional, self.function)(**v, **options)
+        out = getattr(linear if self.is_linear else functional, self.function)(**v, **options)
         return list(out) if isinstance(out, tuple) else [out]
 
     def usual(self, v: Values) -> list[Tensor]:
@@ -267,7 +326,7 @@ class Op:
 
     def _reduced(self, v: Values, pick: Callable[[Formula], Callable[..., Tensor]]) -> list[Tensor]:
         return [
-            functools.reduce(torch.add, [reduce(pick(formula)(*[v[name] for name in names])) for formula, names in addends])
+            functools.reduce(torch.add, [reduce(pick(formula)(*[v.get(name) for name in names])) for formula, names in addends])
             for reduce, addends in self.results.values()
         ]
 
@@ -276,6 +335,10 @@ _NLL = (NLL, ("recon", "x", "recon_logvar"))
 _NLL_FIXED = (NLL_FIXED, ("recon", "x"))
 _KL = (KL, ("mu", "logvar"))
 _SAMPLE = (SAMPLE, ("mu", "logvar", "eps"))
+_LAYER = ("h", "weight", "bias", "x")
+_SAMPLED = ("mu", "logvar", "eps", "z", *_LAYER[1:])
+_LINEAR = (LINEAR, (*_LAYER, "logvar"))
+_LINEAR_ELBO = ((SAMPLED, (*_SAMPLED, "recon_logvar")), _KL)
 
 OPS = (
     Op("reparameterize", {"z": (per_element, (_SAMPLE,))}),
@@ -291,6 +354,12 @@ OPS = (
     Op("elbo_loss/fixed", {"loss": (batchmean, (_NLL_FIXED, _KL))}, fixed={"recon_logvar": FIXED}),
     Op("elbo_loss/element", {"loss": (batchmean, (_NLL, _KL))}),
     Op("elbo_loss/scalar", {"loss": (batchmean, (_NLL, _KL))}, scalar="recon_logvar"),
+    Op("linear_gaussian_nll/fixed", {"nll": (per_sample, ((LINEAR_FIXED, _LAYER),))}, fixed={"logvar": FIXED}),
+    Op("linear_gaussian_nll/element", {"nll": (per_sample, (_LINEAR,))}),
+    Op("linear_gaussian_nll/scalar", {"nll": (per_sample, (_LINEAR,))}, scalar="logvar"),
+    Op("linear_elbo_loss/fixed", {"loss": (batchmean, ((SAMPLED_FIXED, _SAMPLED), _KL))}, fixed={"recon_logvar": FIXED}),
+    Op("linear_elbo_loss/element", {"loss": (batchmean, _LINEAR_ELBO)}),
+    Op("linear_elbo_loss/scalar", {"loss": (batchmean, _LINEAR_ELBO)}, scalar="recon_logvar"),
 )
 
 
@@ -320,7 +389,7 @@ class Case:
         near = min(1.0, max(abs(lo), abs(hi)))
         v: Values = {}
         for name in self.op.args:
-            size = () if name == self.op.scalar else self.shape
+            size = self.op.size(name, self.shape)
             if name in ("logvar", "recon_logvar", "std", "var"):
                 v[name] = lo + (hi - lo) * torch.rand(size, generator=generator, dtype=torch.float64)
             else:
@@ -329,13 +398,17 @@ class Case:
                 v[name] = torch.exp(v[name] * (0.5 if name == "std" else 1.0))
             elif name == "mu":
                 v[name] *= near  # near the prior its means are near too
+            elif name == "weight":
+                v[name] *= size[1] ** -0.5  # each column of the reconstruction is about as large as x
         if "prior_mu" in v:
             v["mu"] += v["prior_mu"]
             v["logvar"] += v["prior_logvar"]
         info = torch.finfo(self.dtype)
         for name, t in v.items():
             lowest = info.smallest_normal if name in ("std", "var") else info.min
-            v[name] = t.clamp(lowest, info.max).to(self.dtype)
+            # z in mu's dtype goes into the products. An infinite one leaves nothing to compare.
+            highest = 2 * math.log(info.max / 8) if self.op.is_linear and name == "logvar" and "mu" in v else info.max
+            v[name] = t.clamp(lowest, highest).to(self.dtype)
         return v
 
 
@@ -410,13 +483,14 @@ def check_size(name: str, shape: Sequence[int]) -> None:
 def own_values(ops: Sequence[Op], tensors: Mapping[str, Tensor], every: bool) -> list[tuple[Op, Values]]:
     """The ops whose arguments are all given, with their tensors, checked by the ops themselves.
 
-    With `every` op, no tensor may be left over, and a logvar beside a mu is the posterior's and not the likelihood's.
+    With `every` op, no tensor may be left over, and a logvar beside a mu is the posterior's and not a likelihood's.
     """
     known = list(dict.fromkeys(name for o in OPS for name in o.args))
     if unknown := [str(name) for name in tensors if name not in known]:
         raise ValueError(f"no op takes a tensor named {', '.join(unknown)}: names are those of arguments, {', '.join(known)}")
     lacking = {o.name: [name for name in o.args if name not in tensors] for o in ops}
-    complete = [o for o in ops if not lacking[o.name] and not (every and o.name == "gaussian_nll/logvar" and "mu" in tensors)]
+    taken = every and "mu" in tensors
+    complete = [o for o in ops if not lacking[o.name] and not (taken and "logvar" in o.args and "mu" not in o.args)]
     if not complete:
         closest = min(lacking, key=lambda o: len(lacking[o]))
         raise ValueError(f"{closest} needs {', '.join(lacking[closest])} too: given are {', '.join(tensors) or 'no tensors'}")
@@ -536,23 +610,37 @@ def differentiate(call: Callable[[Values], list[Tensor]], v: Values, learned: Se
 def oracle(op: Op, v: Values, ups: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Results and gradients in float64, each with its size: the sum of its terms, and of their magnitudes."""
     wide = {name: t.double().expand(v[op.side(name)].shape).clone().requires_grad_(name in op.learned) for name, t in v.items()}
-    asked = [wide[name] for name in op.learned]
+    # A layer's terms have sums inside, which may cancel too. The same terms of magnitudes have none that does.
+    grown = {name: magnitude_of(name, t) for name, t in wide.items() if name != "z"} if op.is_linear else wide
+    asked, sized = ([of[name] for name in op.learned] for of in (wide, grown))
     values = []
     slopes = [(torch.zeros_like(t), torch.zeros_like(t)) for t in asked]
     for (reduce, addends), up in zip(op.results.values(), ups, strict=True):
         value, size = torch.zeros_like(up), torch.zeros_like(up)
-        for term in (term for formula, names in addends for term in formula.terms(*[wide[name] for name in names])):
-            value += reduce(term.detach())
-            size += reduce(term.detach().abs())
-            if term.requires_grad:
-                found = torch.autograd.grad(reduce(term), asked, up, retain_graph=True, allow_unused=True)
-                for (slope, steepness), share in zip(slopes, found, strict=True):
-                    if share is not None:
-                        slope += share
-                        steepness += share.abs()
+        for formula, names in addends:
+            terms = formula.terms(*[wide.get(name) for name in names])
+            large = formula.terms(*[grown.get(name) for name in names]) if op.is_linear else terms
+            for term, magnitude in zip(terms, large, strict=True):
+                value += reduce(term.detach())
+                size += reduce(magnitude.detach().abs())
+                if term.requires_grad:
+                    shares = torch.autograd.grad(reduce(term), asked, up, retain_graph=True, allow_unused=True)
+                    most = shares
+                    if op.is_linear:
+                        most = torch.autograd.grad(reduce(magnitude), sized, up.abs(), retain_graph=True, allow_unused=True)
+                    for (slope, steepness), share, full in zip(slopes, shares, most, strict=True):
+                        if share is not None:
+                            slope += share
+                            steepness += full.abs()
         values.append((value, size))
     shapes = [v[name].shape for name in op.learned]
     return values + [(slope.sum_to_size(s), size.sum_to_size(s)) for (slope, size), s in zip(slopes, shapes, strict=True)]
+
+
+def magnitude_of(name: str, t: Tensor) -> Tensor:
+    """The magnitude of a linear op's argument, with the sign that adds it to the residual. A log-variance stays as it is."""
+    t = t.detach()
+    return (t.clone() if name.endswith("logvar") else -t.abs() if name == "x" else t.abs()).requires_grad_(name not in CONSTANTS)
 
 
 def log_variance(op: Op, v: Values, result: str) -> Tensor | None:
@@ -578,10 +666,18 @@ def profile(at: Tensor | None, fused: Tensor, eager: Tensor) -> list[tuple[float
     return [(float(a.median()), float(f.max()), float(e.max())) for a, f, e in zip(*groups, strict=True) if len(a)]
 
 
-def slack(v: Values, count: int) -> float:
+def slack(op: Op, v: Values, result: str, count: int) -> float:
     """What one of `count` elements of a result may be off by where eager is exact, in ulp."""
-    terms = max(t.numel() for t in v.values()) / count
-    return SLACK + 0.5 * math.log2(terms) + (ORACLE_SLACK if accumulate_dtype(*v.values()) == torch.float64 else 0.0)
+    allowed = SLACK + 0.5 * math.log2(max(t.numel() for t in v.values()) / count)
+    if accumulate_dtype(*v.values()) != torch.float64:
+        return allowed
+    allowed += ORACLE_SLACK
+    if op.is_linear:
+        hidden = v["weight"].shape[1]
+        allowed += math.sqrt(hidden)
+        if result not in op.results and "h" in op.axes(result[2:]):
+            allowed += math.sqrt(v["x"].numel() * hidden / count)
+    return allowed
 
 
 def judge(ours: Tensor, eager: Tensor, slack: float) -> tuple[float, float, bool]:
@@ -609,16 +705,22 @@ def run_case(case: Case) -> list[Row]:
     op, v = case.op, case.values()
     ups = upstream(op, v, case.seed + 1)
     calls: dict[str, Callable[[Values], list[Tensor]]] = {"fused": functools.partial(op.fused, case.impl), "eager": op.usual}
+    here = {name: t.to(case.device) for name, t in v.items()}
+    # z has mu's dtype. In half precision all that follows is of that z, whose own error is compared as reparameterize's.
+    held: Values = {}
+    if op.is_linear and "mu" in v and v["mu"].dtype.itemsize == 2:
+        held = {"z": functional.reparameterize(here["mu"], here["logvar"], eps=here["eps"], impl=case.impl)}
     if any(t.dtype.itemsize == 2 for t in v.values()):
-        calls["widened"] = lambda v: op.usual({name: t.float() if t.dtype.itemsize == 2 else t for name, t in v.items()})
+        calls["widened"] = lambda v: op.usual({name: t.float() if t.dtype.itemsize == 2 else t for name, t in v.items()} | held)
     if op.has_library:
         calls["library"] = op.library
-    here = {name: t.to(case.device) for name, t in v.items()}
     found = {who: differentiate(call, here, op.learned, ups) for who, call in calls.items()}
     names = [*op.results, *(f"d {name}" for name in op.learned)]
     return [
         row_of(case, v, name, {who: results[i].detach().cpu() for who, results in found.items()}, truth, size)
-        for i, (name, (truth, size)) in enumerate(zip(names, oracle(op, v, ups), strict=True))
+        for i, (name, (truth, size)) in enumerate(
+            zip(names, oracle(op, v | {name: t.cpu() for name, t in held.items()}, ups), strict=True)
+        )
     ]
 
 
@@ -633,7 +735,7 @@ def row_of(case: Case, v: Values, name: str, found: dict[str, Tensor], truth: Te
     ulp = {who: (error / ulp_of(size, dtype)).flatten() for who, error in off.items()}
     of = {who: Errors.of(ulp[who], (error / size).flatten()) for who, error in off.items()}
     judging = "widened" if "widened" in found else "eager"
-    allowed_max, allowed_mean, ok = judge(ulp["fused"], ulp[judging], slack(v, truth.numel()))
+    allowed_max, allowed_mean, ok = judge(ulp["fused"], ulp[judging], slack(case.op, v, name, truth.numel()))
 
     at = int(torch.where(ulp[judging].isfinite(), ulp["fused"], 0.0).argmax())
     fused, eager, exact = (float(t.flatten()[at]) for t in (found["fused"], found[judging], truth))
@@ -652,7 +754,7 @@ def row_of(case: Case, v: Values, name: str, found: dict[str, Tensor], truth: Te
         op=case.op.name,
         result=name,
         dtype="+".join(sorted({str(t.dtype).removeprefix("torch.") for t in v.values()})),
-        shape=tuple(v[case.op.args[0]].shape),
+        shape=tuple(v["x" if case.op.is_linear else case.op.args[0]].shape),
         logvar_range=None if case.own is not None else case.logvar_range,
         elements=truth.numel(),
         fused=of["fused"],
@@ -672,7 +774,7 @@ def row_of(case: Case, v: Values, name: str, found: dict[str, Tensor], truth: Te
 BOUND = (
     f"Bound: in every case the largest and the mean fused error are at most {LUCK} times eager's (in float32, where the inputs are "
     f"half precision) plus {SLACK:g} ulp; log2(n)/2 more for a sum of n terms; {ORACLE_SLACK:g} more in float64, where the oracle "
-    "rounds too."
+    "rounds too, and sqrt(n) for each matrix product there."
 )
 
 
@@ -877,7 +979,8 @@ def compare(
         op: A public function, or one way to call it such as "gaussian_kl/prior"; None is all of them.
         dtype: "float32", "bfloat16", "float16" or "float64" (or the torch.dtype); None is all. Your own tensors are taken as they
             are unless it is given.
-        shape: Shape of every drawn tensor, batch first; None is a few.
+        shape: Shape of every drawn tensor, batch first; None is a few. Of the ops across a linear layer it is x's, with the
+            dimensions after the batch made one; the layer's input is 20 wide, less where its weight would be large.
         logvar_range: (lo, hi) of drawn log-variances, less the prior's; None is near the prior, wide and extreme.
         seed: Seed of inputs and upstream gradients.
         tensors: Your own tensors by argument name, in place of drawn ones. Every op runs whose arguments are all there.

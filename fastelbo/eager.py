@@ -22,10 +22,12 @@ them. None stands for a forward pass that leaves them to the backward pass.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -729,12 +731,17 @@ def elbo_terms_backward(
 
 # ---- across a linear decoder -----------------------------------------------------------------------------------------------------
 
-# Bytes of a tile of recon, and how many rows it has where there are so many: products of lower matrices are slower. Those of very
-# low ones also add one number after the other: over as many columns as this they still lose no digits, and what adds to a product
-# that is there (addmm_) would go on where that one ended.
+# Bytes of a tile of recon on a CPU, and how many rows it has where there are so many: products of lower matrices are slower. Those
+# of very low ones also add one number after the other: over as many columns as this they still lose no digits, and what adds to a
+# product that is there (addmm_) would go on where that one ended.
 TILE = 1 << 22
 TILE_ROWS = 1 << 12
 TILE_COLUMNS = 1 << 8
+# Elsewhere a tile's products must fill the device.
+DEVICE_TILE = 1 << 25
+
+# Since torch 2.8 halves multiply into float32 without being rounded in between, on CUDA.
+_WIDE_PRODUCTS = torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
@@ -744,57 +751,74 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
     """
     need_h, need_x, need_weight, need_bias, need_var = needs if up is not None else (False,) * 5
     (count, _), (batch, width), host = h.shape, x.shape, _readable(x)
-    wide_h, wide_weight, wide_bias = _as(h, acc), _as(weight, acc), None if bias is None else _as(bias, acc)
+    operands = torch.promote_types(h.dtype, weight.dtype)
+    if not (x.is_cuda and _WIDE_PRODUCTS and acc == torch.float32):
+        operands = acc
+    # A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
+    slopes = acc if operands == torch.float16 else operands
+    wide_bias = None if bias is None else _as(bias, acc)
     level = _as(var, acc) if isinstance(var, Tensor) else torch.full((), var, dtype=acc, device=x.device)
     level = level.reshape(()) if level.numel() == 1 else level
     inverse, by_column = torch.exp(-level), level.ndim == 1
-    by_row = isinstance(up, Tensor) and up.ndim > 0  # up is (N, 1)
-    rated_h = wide_h * up if by_row and need_weight else wide_h
-    rated_weight = wide_weight * inverse.unsqueeze(1) if by_column and need_h else wide_weight
+    rate: Any = 1.0 if up is None else up
+    by_row = isinstance(rate, Tensor) and rate.ndim > 0  # it is (N, 1)
+    each_rate = inverse if by_row else inverse * rate
+    rated_h = (h * rate).to(slopes) if by_row and need_weight else h.to(slopes)
+    rated_weight = (weight * inverse.unsqueeze(1)).to(slopes) if by_column and need_h else weight.to(slopes)
+    left_factor, right_factor = h.to(operands), weight.to(operands).T
 
-    height = max(1, min(batch, max(TILE_ROWS, TILE // acc.itemsize // max(1, width))))
-    span = max(1, min(width, TILE // acc.itemsize // height if height >= 64 else TILE_COLUMNS))
+    size = (TILE if host else DEVICE_TILE) // acc.itemsize
+    height = max(1, min(batch, max(TILE_ROWS, size // max(1, width))))
+    span = max(1, min(width, size // height if height >= 64 or not host else TILE_COLUMNS))
     memory = torch.empty(height * span, dtype=acc, device=x.device)
     zeros = functools.partial(torch.zeros, dtype=acc, device=x.device)
-    d_h, d_x = zeros(h.shape) if need_h else None, zeros(x.shape) if need_x else None
+    d_h, d_x = zeros(h.shape) if need_h else None, zeros(x.shape).to(x.dtype) if need_x else None
     d_weight, d_bias = zeros(weight.shape) if need_weight else None, zeros(width) if need_bias else None
     exact = torch.float64 if host else acc
     # Of the residuals: summed over all rows, with the weight that an upstream gradient gives them, or over the columns.
     squares = torch.zeros(level.shape, dtype=exact, device=x.device) if need_var or (want_terms and not keep) else None
     of_rows = torch.zeros(count, dtype=exact, device=x.device) if want_terms and keep else None
 
+    def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        """total += a b, or total = a b for the first."""
+        if host and not first:
+            total += a @ b
+        else:
+            _product(total, a, b, 0 if first else 1)
+
     for left in range(0, width, span):
         at = slice(left, min(left + span, width))
         of_level = at if by_column else ...
-        for top in range(0, count, max(1, batch)):
-            for first in range(0, batch, height):
-                rows = slice(first, min(first + height, batch))
+        for first in range(0, batch, height):
+            rows = slice(first, min(first + height, batch))
+            shape = rows.stop - first, at.stop - left
+            of_x = None if d_x is None else d_x[rows, at] if x.dtype == acc else zeros(shape)
+            for top in range(0, count, max(1, batch)):
                 here = slice(top + first, top + rows.stop)
-                d = memory[: (rows.stop - first) * (at.stop - left)].view(rows.stop - first, at.stop - left)
-                d.copy_(x[rows, at]).addmm_(wide_h[here], wide_weight[at].T, beta=-1)
+                d = memory[: math.prod(shape)].view(shape).copy_(x[rows, at])
+                _product(d, left_factor[here], right_factor[:, at], -1)
                 if wide_bias is not None:
                     d += wide_bias[at]
+                factor = d.to(slopes) if need_h or need_weight else d
                 if need_h:
-                    _add_product(d_h[here], d, rated_weight[at], left == 0)
+                    add_product(d_h[here], factor, rated_weight[at], left == 0)
                 if need_weight:
-                    _add_product(d_weight[at], d.T, rated_h[here], top == first == 0)
-                if need_x:
-                    d_x[rows, at] -= d * up[here] if by_row else d
+                    add_product(d_weight[at], factor.T, rated_h[here], top == first == 0)
                 # From here on nobody needs d itself.
-                if by_row and (need_bias or need_var):
-                    rated = d * up[here]
-                    if need_bias:
-                        d_bias[at] += rated.sum(0)
-                    if need_var:
-                        squares[of_level] += rated.mul_(d).sum(0 if by_column else None)
-                else:
-                    if need_bias:
-                        d_bias[at] += d.sum(0)
-                    if squares is not None:
-                        squares[of_level] += d.mul_(d).sum(0) if by_column else _sum_squares(d, None if host else (0, 1), host)
+                rated = d * rate[here] if by_row and (need_x or need_bias or need_var) else d
+                if need_x:
+                    of_x.addcmul_(rated, each_rate[of_level], value=-1)
+                if need_bias:
+                    d_bias[at] += rated.sum(0)
+                if rated is not d and need_var:
+                    squares[of_level] += rated.mul_(d).sum(0 if by_column else None)
+                elif squares is not None:
+                    squares[of_level] += d.mul_(d).sum(0) if by_column else _sum_squares(d, None if host else (0, 1), host)
                 if of_rows is not None:
                     d = d.mul_(inverse[at].sqrt()) if by_column else d
                     of_rows[here] += _sum_squares(d, (1,), host)
+            if need_x and x.dtype != acc:
+                d_x[rows, at] = of_x
 
     sums: Any = None
     if want_terms:
@@ -804,39 +828,51 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
         else:
             sums = (squares * inverse).sum() + count * constant
         sums = (sums * (0.5 * scale)).to(acc)
-    rate = 1.0 if up is None or by_row else up
-    each_rate = inverse * rate
     if need_h:
-        d_h *= (up if by_row else rate) if by_column else inverse * (up if by_row else rate)
-    if need_x:
-        d_x *= each_rate
+        d_h *= rate if by_column else inverse * rate
     if need_weight:
         d_weight *= each_rate.unsqueeze(1) if by_column else each_rate
     if need_bias:
         d_bias *= each_rate
     d_var = None
     if need_var:
-        total = up.sum() if by_row else count * rate
+        total = rate.sum() if by_row else count * rate
         d_var = 0.5 * (total * (1 if by_column else width) - squares * each_rate)
         d_var = d_var.reshape(var.shape)
     grads = d_h, d_x, d_weight, d_bias, d_var
     return sums, tuple([None if g is None else g.to(t.dtype) for g, t in zip(grads, (h, x, weight, bias, var), strict=True)])
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b for the first."""
-    if first:
-        torch.mm(a, b, out=total)
+def _product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta * total + a b."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
     else:
-        total += a @ b
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str | None, h: Tensor, weight: Tensor) -> Iterator[None]:
+    """torch's setting for float32 products on a GPU; the products of "tf32x3" are nearer to float32's than to tf32's."""
+    if torch.promote_types(h.dtype, weight.dtype) == torch.float16:
+        precision = "tf32"  # of what is float32 in order not to overflow
+    if precision is None or h.device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs) -> tuple[Tensor, Grads | None]:
-    """`precision` is for the kernels: the products here obey torch's own settings."""
     acc = accumulate_dtype(h, x, weight, bias, var)
     scale = _number(scale)
     early = keep == 0 and any(needs) and torch.float16 not in [t.dtype for t in (h, x, weight, bias, var) if isinstance(t, Tensor)]
-    nll, grads = _linear_nll(h, x, weight, bias, var, full, keep, scale, scale if early else None, needs, True, acc)
+    with _matmul_precision(precision, h, weight):
+        nll, grads = _linear_nll(h, x, weight, bias, var, full, keep, scale, scale if early else None, needs, True, acc)
     assert nll is not None
     return nll, grads if early else None
 
@@ -844,7 +880,62 @@ def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, ne
 def linear_nll_backward(h, x, weight, bias, var, keep, scale, grad, precision, needs) -> Grads:
     acc = accumulate_dtype(h, x, weight, bias, var)
     up = _upstream(grad, scale, x.shape, keep, acc)
-    return _linear_nll(h, x, weight, bias, var, False, keep, 1.0, up, needs, False, acc)[1]
+    with _matmul_precision(precision, h, weight):
+        return _linear_nll(h, x, weight, bias, var, False, keep, 1.0, up, needs, False, acc)[1]
+
+
+def linear_elbo_forward(
+    x, mu, logvar, weight, bias, var, prior_mu, prior_logvar, eps, seed, samples, full, keep, nll_scale, kl_scale, beta, precision,
+    needs, backend=None,
+) -> tuple[Tensor, Tensor, Tensor, Grads | None]:  # fmt: skip
+    """loss = nll + beta * kl, with z sampled and decoded on the way, both terms, and the loss's gradients where they are ready.
+
+    By the passes of `backend`, which may be another module than this.
+    """
+    own = backend or sys.modules[__name__]
+    of_prior, none = (prior_mu, prior_logvar, None, None), (False,) * 4
+    z, kl, _ = own.latent_forward(mu, logvar, *of_prior, keep, kl_scale, eps, seed, samples, True, none)
+    need_x, need_mu, need_logvar, *need_layer, _, _ = needs
+    needs_nll = need_mu or need_logvar, need_x, *need_layer
+    rows = z if samples is None else z.flatten(0, 1)
+    nll, ready = own.linear_nll_forward(rows, x, weight, bias, var, full, keep, nll_scale, precision, needs_nll)
+    if keep and samples is not None:
+        nll = nll.view(samples, -1).sum(0)
+    wide_beta = torch.as_tensor(beta, dtype=kl.dtype, device=kl.device)
+    loss = nll + wide_beta * kl
+    if ready is None:
+        return loss, nll, kl, None
+    d_z, d_x, *d_layer = ready
+    d_z = None if d_z is None else d_z.view(z.shape)
+    needs_latent = need_mu, need_logvar, *needs[6:]
+    d_mu, d_logvar, *d_prior = own.latent_backward(
+        mu, logvar, *of_prior, keep, kl_scale, eps, seed, samples, d_z, wide_beta, needs_latent
+    )
+    return loss, nll, kl, (d_x, d_mu, d_logvar, *d_layer, *d_prior)
+
+
+def linear_elbo_backward(
+    x, mu, logvar, weight, bias, var, prior_mu, prior_logvar, eps, seed, samples, keep, nll_scale, kl_scale, beta, grad, precision,
+    needs, backend=None,
+) -> Grads:  # fmt: skip
+    own = backend or sys.modules[__name__]
+    of_prior = prior_mu, prior_logvar, None, None
+    need_x, need_mu, need_logvar, *need_layer, _, _ = needs
+    needs_nll = need_mu or need_logvar, need_x, *need_layer
+    d_z, d_x, *d_layer = (None,) * 5
+    if any(needs_nll):
+        z, _, _ = own.latent_forward(mu, logvar, *of_prior, keep, kl_scale, eps, seed, samples, False, (False,) * 4)
+        rows = z if samples is None else z.flatten(0, 1)
+        up = grad.repeat(samples) if keep and samples is not None else grad
+        d_z, d_x, *d_layer = own.linear_nll_backward(rows, x, weight, bias, var, keep, nll_scale, up, precision, needs_nll)
+        d_z = None if d_z is None else d_z.view(z.shape)
+    d_latent: Grads = (None,) * 4
+    needs_latent = need_mu, need_logvar, *needs[6:]
+    if any(needs_latent):
+        grad_kl = grad * (beta.to(grad.dtype) if isinstance(beta, Tensor) else beta)
+        d_latent = own.latent_backward(mu, logvar, *of_prior, keep, kl_scale, eps, seed, samples, d_z, grad_kl, needs_latent)
+    d_mu, d_logvar, *d_prior = d_latent
+    return d_x, d_mu, d_logvar, *d_layer, *d_prior
 
 
 def scale_gradients(grads: Grads, grad: Tensor | None) -> Grads:

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, reference
-from .autograd import LinearNLL
+from .autograd import LinearELBO, LinearNLL
 from .functional import (
     Scalar,
     _check_pair,
+    _check_prior,
     _check_rows,
     _check_samples,
     _check_scalar,
     _check_tensor,
     _check_variance,
+    _noise,
     _scale,
     _shape,
     gaussian_nll,
@@ -173,13 +175,21 @@ def linear_elbo_loss(
     if num_samples is not None:
         _check_samples(num_samples)
     samples, keep = num_samples or 1, _check_rows(reduction, 1, 2)
-    z, kl = reparameterize_kl(
-        mu, logvar, prior_mu, prior_logvar, num_samples=num_samples, eps=eps, seed=seed, generator=generator, reduction=reduction,
-        impl=impl,
-    )  # fmt: skip
-    scale = _scale(reduction, 1, x.shape, None) / samples
-    nll = _linear_nll(z if num_samples is None else z.flatten(0, 1), x, weight, bias, var, bool(full), keep, scale, precision, impl)
-    if keep and num_samples is not None:
-        nll = nll.view(samples, -1).sum(0)
-    loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
-    return (loss, nll.detach(), kl.detach()) if return_terms else loss
+    scale, kl_scale = (_scale(reduction, 1, t.shape, None) for t in (x, mu))
+    scale = scale / samples
+    chosen = backend.choose(impl, x.device, not (mu.numel() and x.numel()))
+    if chosen is None or torch.compiler.is_compiling():
+        z, kl = reparameterize_kl(
+            mu, logvar, prior_mu, prior_logvar, num_samples=num_samples, eps=eps, seed=seed, generator=generator,
+            reduction=reduction, impl=impl,
+        )  # fmt: skip
+        rows = z if num_samples is None else z.flatten(0, 1)
+        nll = _linear_nll(rows, x, weight, bias, var, bool(full), keep, scale, precision, impl)
+        if keep and num_samples is not None:
+            nll = nll.view(samples, -1).sum(0)
+        loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
+        return (loss, nll.detach(), kl.detach()) if return_terms else loss
+    prior = _check_prior("prior_mu", prior_mu, mu), _check_prior("prior_logvar", prior_logvar, mu)
+    noise = _noise(mu, num_samples, eps, seed, generator)
+    options = num_samples, bool(full), keep, scale, kl_scale, beta, precision, return_terms, torch.is_grad_enabled(), chosen
+    return LinearELBO.apply(x, mu, logvar, weight, bias, var, *prior, *noise, options)

@@ -288,6 +288,8 @@ class _LinearPart(NamedTuple):
     # What a product's operands lose beyond the arithmetic: residuals are rounded to half precision, and everything to tf32.
     of_residuals: float
     of_operands: float
+    # Magnitude of what is added up to h.
+    of_h: Tensor
 
     @property
     def names(self) -> Sequence[str]:
@@ -308,7 +310,7 @@ class _LinearPart(NamedTuple):
         truths = self.part.gradients(ups)
         if truths is None:
             return None
-        h, x, weight, *_ = self.part.inputs
+        _, x, weight, *_ = self.part.inputs
         (up,), ((_, factor),) = ups, self.part.sums
         assert up is not None
         rate = (abs(factor) * up).abs().reshape(-1, 1)
@@ -316,18 +318,56 @@ class _LinearPart(NamedTuple):
         of_var = 0.5 * rate * (1.0 + slope * residual)
         slope = slope * rate
         rounded = (1.0 + self.of_residuals) * slope
-        sizes = rounded @ weight.abs(), slope.view(-1, *x.shape).sum(0), rounded.T @ h.abs(), slope.sum(0), of_var
+        sizes = rounded @ weight.abs(), slope.view(-1, *x.shape).sum(0), rounded.T @ self.of_h, slope.sum(0), of_var
         each = zip(truths, sizes, self.part.inputs, strict=True)
         return [None if truth is None else truth._replace(size=size.sum_to_size(t.shape)) for truth, size, t in each]
 
     def _residuals(self) -> tuple[Tensor, Tensor]:
         """Magnitudes of what is added up to a residual, and of that over the variance: (rows of h, columns)."""
         h, x, weight, bias, var = (t.detach() if isinstance(t, Tensor) else t for t in self.part.inputs)
-        product = h.abs() @ weight.abs().T
+        product = self.of_h @ weight.abs().T
         residual = product if bias is None else product + bias.abs()
         residual = residual + x.abs().repeat(len(h) // len(x), 1) + self.of_operands * product
         return residual, residual * torch.exp(-torch.as_tensor(var, dtype=h.dtype))
 
+
+class _LinearELBOPart(NamedTuple):
+    """A sample, the KL, and a linear layer of the sample: (loss, nll, kl) and gradients of the loss."""
+
+    latent: _Part
+    linear: _LinearPart
+    samples: int
+    beta: Any
+    of_kl: torch.dtype | None  # where it is not the loss's
+    names: Sequence[str]
+    dtypes: Sequence[torch.dtype | None]
+
+    def values(self) -> list[_Truth]:
+        (nll,), (_, kl) = self.linear.values(), self.latent.values()
+        if nll.value.ndim:
+            nll = nll._replace(value=nll.value.view(self.samples, -1).sum(0), size=nll.size.view(self.samples, -1).sum(0))
+        # A KL that is summed in float32, beside a likelihood in float64, is off by what float32 is allowed.
+        factor = abs(self.beta) * (2e6 if self.of_kl == torch.float32 else 1.0)
+        loss = _Truth(nll.value + self.beta * kl.value, nll.size + factor * kl.size, nll.terms + kl.terms)
+        return [loss, nll, kl]
+
+    def gradients(self, ups: Sequence[Tensor | None]) -> list[_Truth | None] | None:
+        (up,) = ups
+        assert up is not None
+        of_layer = self.linear.gradients([up.repeat(self.samples) if up.ndim else up])
+        if of_layer is None:
+            return None
+        of_z, of_x, *of_others = of_layer
+        assert of_z is not None
+        value, size = (t.view(self.samples, *self.latent.inputs[0].shape) for t in (of_z.value, of_z.size))
+        truths, sizes = (self.latent.gradients([g, self.beta * up]) for g in (value, size))
+        if truths is None or sizes is None:
+            return None
+        of_latent = [t if t is None or s is None else t._replace(size=s.size) for t, s in zip(truths, sizes, strict=True)]
+        return [of_x, *of_latent[:2], *of_others, *of_latent[2:]]
+
+
+_AnyPart = _Part | _LinearPart | _LinearELBOPart
 
 _LATENT = ("mu", "logvar", "prior_mu", "prior_logvar")
 _LOSSES = ("loss", "nll", "kl")
@@ -342,7 +382,10 @@ def _nll_part(
     return _Part(("recon", "x", name or kind), dtypes, wide, needs, sums)
 
 
-def _linear_part(inputs: Sequence[Any], needs: Sequence[bool], full: bool, keep: int, scale: Any, precision: Any) -> _LinearPart:
+def _linear_part(
+    inputs: Sequence[Any], needs: Sequence[bool], full: bool, keep: int, scale: Any, precision: Any, of_h: Tensor | None = None
+) -> _LinearPart:
+    """`of_h` is given for a sample, which lies in its dtype, and was made in the least precise one that this allows."""
     dtypes = [getattr(t, "dtype", None) for t in inputs]
 
     def terms_of(v: Sequence[Any]) -> _Terms:
@@ -356,8 +399,34 @@ def _linear_part(inputs: Sequence[Any], needs: Sequence[bool], full: bool, keep:
     )
     # In units of the default rtol, which multiplies sizes.
     lost = 2**-9 if fast else 0.0
-    part = _Part(("h", "x", "weight", "bias", "logvar"), dtypes, [_wide(t) for t in inputs], needs, [(terms_of, _wide(scale))])
-    return _LinearPart(part, (torch.finfo(operand).eps if half else lost) / 2e-5, lost / 2e-5)
+    wide = [_wide(t) for t in inputs]
+    part = _Part(("h", "x", "weight", "bias", "logvar"), dtypes, wide, needs, [(terms_of, _wide(scale))])
+    acc = accumulate_dtype(*inputs)
+    rounded = 0.0 if of_h is None or inputs[0].dtype == acc else 4 * torch.finfo(inputs[0].dtype).eps
+    rounded /= 1e-11 if acc == torch.float64 else 2e-5
+    of_h = wide[0].abs() if of_h is None else of_h
+    return _LinearPart(part, (torch.finfo(operand).eps if half else lost) / 2e-5, max(lost / 2e-5, rounded), of_h)
+
+
+def _linear_elbo_part(
+    inputs: Sequence[Any], needs: Sequence[bool], eps: Any, seed: Any, samples: int | None, full: bool, keep: int, nll_scale: Any,
+    kl_scale: Any, beta: Any, precision: Any,
+) -> _LinearELBOPart:  # fmt: skip
+    x, mu, logvar, *layer, prior_mu, prior_logvar = inputs
+    need_x, need_mu, need_logvar, *need_layer, _, _ = needs
+    noise = _noise(mu, eps, seed, samples)
+    noise = noise if samples is not None else noise.unsqueeze(0)
+    latent = _latent_part(
+        (mu, logvar, prior_mu, prior_logvar), (need_mu, need_logvar, *needs[6:]), None, None, keep, kl_scale, noise, True
+    )
+    (z, (centre, spread)) = _sample(latent.inputs, noise, None)
+    rows, size = (t.detach().flatten(0, 1) for t in (z, centre.abs() + spread.abs()))
+    linear = _linear_part((rows.to(mu.dtype), x, *layer), (True, need_x, *need_layer), full, keep, nll_scale, precision, size)
+    names = "x", "mu", "logvar", "weight", "bias", "recon_logvar", "prior_mu", "prior_logvar"
+    dtypes = [getattr(t, "dtype", None) for t in inputs]
+    of_kl = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
+    own = of_kl if of_kl != accumulate_dtype(*inputs) else None
+    return _LinearELBOPart(latent, linear, samples or 1, _wide(beta), own, names, dtypes)
 
 
 def _latent_part(
@@ -450,7 +519,7 @@ class _Checked:
         # What the forward pass leaves: how it was called, the KL's factor, and what gradients that it wrote are compared with.
         self._call = ""
         self._kl_factor: Any = None
-        self._pending: list[_Part | _LinearPart] = []
+        self._pending: list[_AnyPart] = []
         self._handed_over = False
 
     def nll_forward(self, *args: Any) -> Any:
@@ -554,6 +623,26 @@ class _Checked:
             self._backward(_describe("linear_nll_backward", args), [(part, grads, [grad])])
         return grads
 
+    def linear_elbo_forward(self, *args: Any) -> Any:
+        outs = self._backend.linear_elbo_forward(*args)
+        *inputs, eps, seed, samples, full, keep, nll_scale, kl_scale, beta, precision, needs = args
+        acc = accumulate_dtype(*inputs)
+        with _oracle():
+            part = _linear_elbo_part(inputs, needs, eps, seed, samples, full, keep, nll_scale, kl_scale, beta, precision)
+            accs = acc, acc, part.of_kl or acc
+            results = [_Result(*fields) for fields in zip(_LOSSES, outs[:3], accs, part.values(), strict=True)]
+            self._forward("linear_elbo_forward", args, results, seeded=seed is not None)
+        self._pending = [] if outs[3] is None else [part]
+        return outs
+
+    def linear_elbo_backward(self, *args: Any) -> Any:
+        grads = self._backend.linear_elbo_backward(*args)
+        *inputs, eps, seed, samples, keep, nll_scale, kl_scale, beta, grad, precision, needs = args
+        with _oracle():
+            part = _linear_elbo_part(inputs, needs, eps, seed, samples, False, keep, nll_scale, kl_scale, beta, precision)
+            self._backward(_describe("linear_elbo_backward", args), [(part, grads, [grad])], seeded=seed is not None)
+        return grads
+
     def scale_gradients(self, grads: Any, grad: Tensor | None) -> Any:
         grads = self._backend.scale_gradients(grads, grad)
         pieces, start = [], 0
@@ -574,7 +663,7 @@ class _Checked:
         self._compare(self._call, results, seeded=seeded)
 
     def _backward(
-        self, call: str, pieces: Sequence[tuple[_Part | _LinearPart, Sequence[Any], Sequence[Tensor | None]]], *,
+        self, call: str, pieces: Sequence[tuple[_AnyPart, Sequence[Any], Sequence[Tensor | None]]], *,
         seeded: bool = False, roundings: int = 1, count: bool = True,
     ) -> bool:  # fmt: skip
         """Whether there was anything to compare."""

@@ -11,7 +11,7 @@ if __name__ != "fastelbo.kernels":
 from .elbo import elbo_forward, elbo_terms_backward, elbo_terms_forward, scale_gradients
 from .gaussian_nll import nll_backward, nll_forward
 from .launch import INTERPRETED
-from .linear_elbo import linear_nll_backward, linear_nll_forward
+from .linear_elbo import linear_elbo_backward, linear_elbo_forward, linear_nll_backward, linear_nll_forward
 from .reparameterize import latent_backward, latent_forward
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "elbo_terms_forward",
     "latent_backward",
     "latent_forward",
+    "linear_elbo_backward",
+    "linear_elbo_forward",
     "linear_nll_backward",
     "linear_nll_forward",
     "nll_backward",

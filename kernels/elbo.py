@@ -148,8 +148,11 @@ def scale_kernel(g0, g1, g2, g3, g4, g5, g6, n0, n1, n2, n3, n4, n5, n6, grad, B
 
 def scale_gradients(grads, grad):
     """Multiply gradients that nobody has seen yet by the upstream scalar, in place and without reading it on the host."""
-    buffers = (*grads, *(None,) * (7 - len(grads)))
-    counts = [0 if g is None else g.numel() for g in buffers]
-    programs = min(PROGRAMS, max(1, -(-max(counts) // TILE)))
-    launch(scale_kernel, programs, grad.device, *buffers, *counts, grad, TILE)
+    given = [g for g in grads if g is not None]
+    for start in range(0, len(given), 7):
+        some = given[start : start + 7]
+        counts = [g.numel() for g in some]
+        programs = min(PROGRAMS, max(1, -(-max(counts) // TILE)))
+        rest = 7 - len(some)
+        launch(scale_kernel, programs, grad.device, *some, *(None,) * rest, *counts, *(0,) * rest, grad, TILE)
     return grads

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_no_spills_and_16_byte_accesses(target: str, tmp_path: Path, native_env: dict[str, str]) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.codegen", "--target", target, "--json", str(out)]
+    # For time: every width of a linear decoder on one target, a narrow and the widest, which are tiled differently, on the others.
+    widths = ["16", "32", "64", "128"] if target == "sm_90" else ["32", "128"]
+    command = [sys.executable, "-m", "benchmarks.codegen", "--target", target, "--width", *widths, "--json", str(out)]
     run = subprocess.run(command, cwd=ROOT, env=native_env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     reports = json.loads(out.read_text())
@@ -35,7 +37,9 @@ def test_no_spills_and_16_byte_accesses(target: str, tmp_path: Path, native_env:
     # The products of a linear decoder run in the matrix units, in the newest instructions of each where the tiles are large enough.
     assert all(r["matrix"] != "none" for r in products if target == "gfx942" or "ieee" not in r["case"])
     best = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
-    assert {r["matrix"] for r in products if "bf16" in r["case"]} == {best}
+    # Sampling leaves the widest rows no registers for tiles as high as the newest instructions want.
+    sampled = [r for r in products if "linear ELBO 128" in r["case"] and r["kernel"] == "rows_kernel"]
+    assert {r["matrix"] for r in products if "bf16" in r["case"] and r not in sampled} == {best}
 
 
 SPECIALISATIONS = """
@@ -88,6 +92,15 @@ for keep in (0, 1):
     print(products([lambda b=b: linear(b, keep=keep, samples=3) for b in (2, 3, 16, 17, 100)]))
 print(products([lambda s=s: linear(64, scale=s) for s in (1.0, 0.0, 0.123, 16.0)]))
 
+def linear_elbo(batch, beta=1.0, d=784, seed=1, **options):
+    m, l = torch.zeros(batch, 32, requires_grad=True), torch.zeros(batch, 32, requires_grad=True)
+    w, b = torch.zeros(d, 32, requires_grad=True), torch.zeros(d, requires_grad=True)
+    fastelbo.linear_elbo_loss(torch.zeros(batch, d), m, l, w, b, beta=beta, seed=seed, **options).sum().backward()
+
+for options in ({}, {"reduction": "none"}, {"num_samples": 3}):
+    print(products([lambda b=b: linear_elbo(b, seed=b, **options) for b in (2, 3, 16, 17, 100, 1000)]))
+print(products([lambda b=b: linear_elbo(64, b, d) for b, d in ((1.0, 784), (0.0, 16), (0.123, 1024), (16.0, 30000))]))
+
 # Sizes of which only some products are multiples of 16, which vector accesses hang on: at most both kinds, for either side.
 odd = variants([lambda b=b: elbo(b, d=785, j=20) for b in (2, 3, 5, 16, 17, 64, 65, 1000)])
 double = torch.float64
@@ -102,4 +115,4 @@ print(int(odd <= 6), betas)
 def test_batch_size_beta_and_seed_do_not_recompile(native_env: dict[str, str]) -> None:
     run = subprocess.run([sys.executable, "-c", SPECIALISATIONS], cwd=ROOT, env=native_env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.split() == ["0"] * 13 + ["1", "0"]
+    assert run.stdout.split() == ["0"] * 17 + ["1", "0"]

@@ -83,6 +83,23 @@ def test_the_oracles_kl_is_exact() -> None:
             assert d == pytest.approx(float(mpmath.expm1(mpmath.mpf(x)) / 2), rel=1e-15)
 
 
+def test_sizes_across_a_layer() -> None:
+    """Where what is added up to a residual cancels, its size is that of all of it, and so is that of the gradients it enters."""
+    op = next(op for op in OPS if op.name == "linear_gaussian_nll/element")
+    v = {"h": [[2.0, -3.0]], "weight": [[1.0, 4.0]], "bias": [0.0], "x": [[-9.5]], "logvar": [math.log(0.25)]}
+    wide = {name: torch.tensor(value, dtype=torch.float64) for name, value in v.items()}
+    found = module.oracle(op, wide, [torch.tensor([-2.0], dtype=torch.float64)])
+    exact = {name: [t.flatten().tolist() for t in pair] for name, pair in zip(["nll", *op.learned], found, strict=True)}
+    # The residual is 2 * 1 - 3 * 4 + 9.5 = -1/2, made of 2 + 12 + 9.5 = 23.5; the slope is -2 times that over 1/4.
+    logs = 0.5 * math.log(2 * math.pi), 0.5 * math.log(0.25)
+    assert exact["nll"] == [[pytest.approx(sum(logs) + 0.5)], [pytest.approx(logs[0] - logs[1] + 2 * 23.5**2)]]
+    assert exact["h"] == [pytest.approx([4, 16]), pytest.approx([8 * 23.5, 32 * 23.5])]
+    assert exact["weight"] == [pytest.approx([8, -12]), pytest.approx([16 * 23.5, 24 * 23.5])]
+    assert exact["bias"] == [pytest.approx([4]), pytest.approx([8 * 23.5])]
+    assert exact["x"] == [pytest.approx([-4]), pytest.approx([8 * 23.5])]
+    assert exact["logvar"] == [pytest.approx([-1 + 1]), pytest.approx([1 + 4 * 23.5**2])]
+
+
 def test_units_in_the_last_place() -> None:
     size = torch.tensor([1.0, 1.999, 2.0, 0.75, 3e38], dtype=torch.float64)
     assert ulp_of(size, torch.float32).tolist() == [2.0**-23, 2.0**-23, 2.0**-22, 2.0**-24, 2.0**104]
@@ -149,7 +166,8 @@ def test_all_is_well(command: Command, tmp_path: Path) -> None:
         (op.name, name) for op in OPS for name in (*op.results, *(f"d {n}" for n in op.learned))
     }
     assert all(op.name in out for op in OPS)
-    assert {r["elements"] for r in rows} == {1, 16, 800}
+    assert {r["elements"] for r in rows} == {1, 16, 800, 16 * 20, 50 * 20, 50}
+    assert {tuple(r["shape"]) for r in rows} == {(16, 50)}
     for r in rows:
         assert r["ok"]
         assert r["fused"]["max_ulp"] <= r["allowed_max_ulp"]
@@ -181,6 +199,14 @@ BROKEN = [
     ("latent", 0, "reparameterize", "d mu"),
     ("latent", 1, "gaussian_kl/standard", "d logvar"),
     ("latent", 3, "gaussian_kl/prior", "d prior_logvar"),
+    ("linear_nll", 0, "linear_gaussian_nll/fixed", "d h"),
+    ("linear_nll", 1, "linear_gaussian_nll/scalar", "d x"),
+    ("linear_nll", 4, "linear_gaussian_nll/element", "d logvar"),
+    ("linear_nll", 2, "linear_elbo_loss/scalar", "d weight"),
+    ("linear_nll", 3, "linear_elbo_loss/element", "d bias"),
+    ("linear_nll", 4, "linear_elbo_loss/scalar", "d recon_logvar"),
+    ("latent", 0, "linear_elbo_loss/fixed", "d mu"),
+    ("latent", 1, "linear_elbo_loss/element", "d logvar"),
 ]
 
 
@@ -282,6 +308,15 @@ def test_the_bound_is_what_it_says() -> None:
     assert mean.allowed_max_ulp == pytest.approx(1.5 * mean.eager.max_ulp + 2)
 
 
+def test_the_bound_of_float64_products() -> None:
+    result = fastelbo.compare("linear_elbo_loss/element", "float64", SMALL, (-1.0, 1.0))
+    # Residuals add 20 products; a gradient of weight adds those of 16 rows, one of mu those of 50 columns.
+    for name, products in (("d x", (20,)), ("d weight", (20, 16)), ("d mu", (20, 50))):
+        row = the(result, "linear_elbo_loss/element", name)
+        more = 2 + 6 + 0.5 * math.log2(1000 / row.elements) + sum(map(math.sqrt, products))
+        assert row.allowed_max_ulp == pytest.approx(1.5 * row.eager.max_ulp + more)
+
+
 def test_kl_far_from_a_learned_prior() -> None:
     """v = logvar - prior_logvar is rounded; at |v| = 50 that alone would move e^v by some 30 ulp."""
     result = fastelbo.compare("gaussian_kl/prior", "float32", (200, 1), (-50.0, 50.0))
@@ -326,6 +361,11 @@ def test_default_cases() -> None:
     # More than the backend takes in one block, of the likelihood in float32 too.
     assert math.prod(module.LARGE) * 4 > eager.BLOCK
     large = [c for c in cases if c.shape == module.LARGE]
+    # A layer's weight is as large as x at most, or no larger than WEIGHTS.
+    assert {c.op.size("weight", c.shape) for c in large if c.op.is_linear} == {(270_001, 3)}
+    assert OPS[-1].size("weight", (64, 28, 28)) == (784, module.HIDDEN)
+    assert OPS[-1].size("x", (64, 28, 28)) == (64, 784)
+    assert OPS[-1].size("weight", (1, module.MAX_ELEMENTS)) == (module.MAX_ELEMENTS, 1)
     assert {c.op.name for c in large} == {op.name for op in OPS}
     assert {(c.dtype, c.logvar_range) for c in large} == {(torch.float32, (-10.0, 10.0))}
 
@@ -423,6 +463,48 @@ def test_own_tensors_in_another_dtype() -> None:
     assert all(torch.equal(mine[name], before[name]) for name in mine)
 
 
+def layer() -> dict[str, torch.Tensor]:
+    """As a linear decoder may leave them: a bias of zeros, weights in another dtype than what they multiply."""
+    torch.manual_seed(4)
+    of_rows = {name: torch.randn(6, 3).bfloat16() for name in ("mu", "logvar", "eps")}
+    return {**of_rows, "weight": torch.randn(9, 3), "bias": torch.zeros(9), "x": torch.randn(6, 9), "recon_logvar": torch.randn(9)}
+
+
+def test_own_linear_layer() -> None:
+    mine = layer()
+    result = fastelbo.compare(tensors=mine)
+    assert result.ok, str(result)
+    # The logvar is the posterior's, so that no linear_gaussian_nll runs, nor the op with one variance for all.
+    ops = {row.op for row in result.rows}
+    assert ops == {
+        "reparameterize",
+        "reparameterize_kl",
+        "gaussian_kl/standard",
+        "linear_elbo_loss/fixed",
+        "linear_elbo_loss/element",
+    }
+    loss, slope = (the(result, "linear_elbo_loss/element", name) for name in ("loss", "d recon_logvar"))
+    assert (loss.shape, loss.dtype) == ((6, 9), "bfloat16+float32")
+    assert slope.worst.inputs.keys() == {"bias", "recon_logvar"}
+    assert len(slope.profile) == 9
+    # z is rounded to mu's dtype before it is multiplied, and so the truth has it.
+    z = fastelbo.reparameterize(mine["mu"], mine["logvar"], eps=mine["eps"])
+    assert z.dtype == torch.bfloat16
+    v = {name: t.double() for name, t in mine.items()}
+    recon = z.double() @ v["weight"].T
+    terms = fastelbo.elbo_loss(recon, v["x"], v["mu"], v["logvar"], recon_logvar=v["recon_logvar"], impl="reference")
+    assert loss.worst.exact == pytest.approx(float(terms), rel=1e-12)
+
+
+def test_own_hidden_layer() -> None:
+    mine = layer()
+    mine = {"h": mine["mu"], "logvar": mine["recon_logvar"][0], **{name: mine[name] for name in ("weight", "bias", "x")}}
+    result = fastelbo.compare("linear_gaussian_nll", "float16", tensors=mine)
+    assert result.ok, str(result)
+    assert {row.op for row in result.rows} == {f"linear_gaussian_nll/{way}" for way in ("fixed", "element", "scalar")}
+    assert {row.dtype for row in result.rows} == {"float16"}
+
+
 def test_nan_in_own_tensors_is_no_error() -> None:
     mu = torch.randn(4, 6)
     mu[1, 2] = math.nan
@@ -486,9 +568,10 @@ def test_unfit_tensors(which: str, command: Command, tmp_path: Path, monkeypatch
 
 @pytest.mark.triton
 @pytest.mark.skipif(NO_KERNELS is not None, reason=str(NO_KERNELS))
-def test_the_triton_backend_is_compared_where_it_is_present() -> None:
+@pytest.mark.parametrize("op", ["elbo_loss/element", "linear_elbo_loss/element"])
+def test_the_triton_backend_is_compared_where_it_is_present(op: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = fastelbo.compare("elbo_loss/element", shape=(3, 40), logvar_range=(-5.0, 5.0))
+    result = fastelbo.compare(op, shape=(3, 40), logvar_range=(-5.0, 5.0))
     assert {(row.backend, row.device) for row in result.rows} == {("torch", "cpu"), ("triton", device)}
     assert result.ok, str(result)
     loss = {row.backend: row.worst for row in result.rows if (row.result, row.dtype) == ("loss", "float32")}

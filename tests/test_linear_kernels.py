@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from cases import TRITON
 
 import fastelbo.kernels.linear_elbo as linear
-from fastelbo import kernels
+from fastelbo import eager, kernels
 from fastelbo.reference import accumulate_dtype
 
 pytestmark = TRITON.marks
@@ -179,7 +179,9 @@ def test_samples(size: tuple[int, int, int], samples: int, keep: int, device: to
 def test_wide_h_and_several_blocks(samples: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (0, 1):
         check(draw(device, 19, 83, 261, samples=samples, dtypes=(dtype,)), keep)
-    monkeypatch.setattr(linear, "SCRATCH", 2000)
+    monkeypatch.setattr(eager, "TILE", 2000)
+    monkeypatch.setattr(eager, "TILE_ROWS", 50)
+    monkeypatch.setattr(eager, "DEVICE_TILE", 2000)
     for keep, var in itertools.product((0, 1), ("float", "columns")):
         check(draw(device, 90, 83, 261, samples=samples, var=var, dtypes=(dtype,)), keep, precision="tf32x3")
 
@@ -261,11 +263,12 @@ def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert linear._products(F32, None, "cuda") == name
         assert linear._products(F32, "ieee", "cuda") == "ieee"
         assert linear._products(F32, None, "hip") == "ieee"
-        assert linear._products(torch.bfloat16, None, "cuda") == "half"
+        assert linear._products(torch.bfloat16, None, "cuda") == "bf16"
+        assert linear._products(torch.float16, None, "cuda") == "fp16"
 
 
 def test_a_tile_is_on_the_table_for_every_width() -> None:
-    for backend, kinds in (("cuda", ("half", "tf32", "tf32x3", "ieee")), ("hip", ("half", "ieee"))):
+    for backend, kinds in (("cuda", ("bf16", "fp16", "tf32", "tf32x3", "ieee")), ("hip", ("bf16", "fp16", "ieee"))):
         for kind in kinds:
             assert set(linear.TILES[backend][kind]) == {2**k for k in range(4, 1 + linear.WIDEST.bit_length() - 1)}
 
