@@ -101,8 +101,9 @@ def linear_gaussian_nll(
         full: Include the constant (1/2) log 2 pi per element.
         reduction: "none" is per sample, `(batch,)`; "batchmean" is their mean; "sum" sums everything; "mean" divides by the number
             of elements.
-        precision: Of float32 products in the Triton kernels: "ieee", "tf32x3" or "tf32"; None is what
-            `torch.get_float32_matmul_precision()` says: highest, high or medium, in this order. Elsewhere torch's settings rule.
+        precision: Of float32 products on a GPU: "ieee", "tf32x3" or "tf32"; None is what `torch.get_float32_matmul_precision()`
+            says: highest, high or medium, in this order. Elsewhere torch's settings rule. Where products are torch's own (hidden
+            sizes above 128) "tf32x3" is "ieee".
         impl: None or "auto", "triton", "torch", "reference".
 
     Returns:
@@ -143,9 +144,9 @@ def linear_elbo_loss(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE whose decoder is one linear layer: -log N(x; z weight^T + bias, exp(recon_logvar)) + beta * KL.
 
-    z is sampled from N(mu, exp(logvar)), and the reconstruction is not in memory, but where `linear_gaussian_nll` says: Kingma &
-    Welling 2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded single-cell models, tabular and
-    recommender decoders.
+    z is sampled from N(mu, exp(logvar)), on a GPU by the kernel that uses it, and the reconstruction is not in memory, but where
+    `linear_gaussian_nll` says: Kingma & Welling 2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded
+    single-cell models, tabular and recommender decoders.
 
     Args:
         x: Data, `(batch, elements)`.
