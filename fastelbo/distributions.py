@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _check_clamp, _check_pair, _check_tensor, _latent, _noise, gaussian_nll
+from .functional import _check_clamp, _check_pair, _check_tensor, _latent, gaussian_nll
+from .tracing import one_node
+
+_node = one_node(_latent)
 
 
 class DiagonalGaussian:
@@ -73,7 +76,7 @@ class DiagonalGaussian:
         if other is not None and not isinstance(other, DiagonalGaussian):
             raise TypeError(f"other must be a DiagonalGaussian or None, got {type(other).__name__}")
         prior_mu, prior_logvar = (None, None) if other is None else (other.mu, other.logvar)
-        return _latent(
+        return _node(
             mu, logvar, prior_mu, prior_logvar, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl, self._impl,
             packed,
         )  # fmt: skip
@@ -87,7 +90,7 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """A differentiable sample, as `fastelbo.reparameterize`."""
-        return self._fused(lambda m: _noise(m, num_samples, eps, seed, generator), num_samples, None, None, "none", 0, False)[0]
+        return self._fused((eps, seed, generator), num_samples, None, None, "none", 0, False)[0]
 
     def sample(
         self,
@@ -113,8 +116,7 @@ class DiagonalGaussian:
         batch_dims: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """A sample and the KL to `other` (or N(0, I)) in one pass, as `fastelbo.reparameterize_kl`."""
-        noise = lambda m: _noise(m, num_samples, eps, seed, generator)  # noqa: E731
-        return self._fused(noise, num_samples, other, weight, reduction, batch_dims, True)
+        return self._fused((eps, seed, generator), num_samples, other, weight, reduction, batch_dims, True)
 
     def kl(
         self,

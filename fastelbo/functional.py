@@ -7,7 +7,6 @@ is). Half precision is widened before any arithmetic. No input is written to. Gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from . import backend, reference
 from .autograd import ELBO, ELBOTerms, GaussianNLL, Latent
 from .noise import check_seed, draw_seed, sample_noise
+from .tracing import FLOAT, INT, NUMBER, one_node
 
 Scalar = float | Tensor
 
@@ -59,7 +59,7 @@ def _check_rows(reduction: str, batch_dims: int, ndim: int) -> int:
     """Check reduction and batch_dims; return how many leading dimensions the sum keeps."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-    if isinstance(batch_dims, bool) or not isinstance(batch_dims, int):
+    if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
         raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
     if not 0 <= batch_dims <= ndim:
         raise ValueError(f"batch_dims must be between 0 and the number of dimensions, {ndim}, got {batch_dims}")
@@ -95,7 +95,7 @@ def _check_scalar(name: str, value: Any, device: torch.device) -> Scalar:
         if value.device.type == "cpu":
             return value if torch.compiler.is_compiling() else float(value)
         raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: it must be there or on the CPU")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     return value
 
@@ -106,7 +106,7 @@ def _check_clamp(clamp: Any) -> tuple[float, float] | None:
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
         raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
     lo, hi = clamp
-    if any(isinstance(c, bool) or not isinstance(c, (int, float)) for c in (lo, hi)):
+    if any(isinstance(c, bool) or not isinstance(c, NUMBER) for c in (lo, hi)):
         raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
     lo, hi = float(lo), float(hi)
     if not lo <= hi:
@@ -118,7 +118,7 @@ def _check_prior(name: str, prior: Any, mu: Tensor) -> Tensor | None:
     """A prior parameter as a tensor of mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
     if prior is None:
         return None
-    if isinstance(prior, (int, float)) and not isinstance(prior, bool):
+    if isinstance(prior, NUMBER) and not isinstance(prior, bool):
         return torch.full((), prior, dtype=reference.accumulate_dtype(mu), device=mu.device).expand(mu.shape)
     _check_tensor(name, prior, mu.device)
     _check_broadcast(name, prior, "mu", mu.shape)
@@ -136,12 +136,12 @@ def _check_variance(name: str, kind: str, var: Any, recon: Tensor) -> tuple[Tens
         _check_tensor(name, var, recon.device)
         _check_broadcast(name, var, "recon", recon.shape)
         return var, kind
-    if isinstance(var, bool) or not isinstance(var, (int, float)):
+    if isinstance(var, bool) or not isinstance(var, NUMBER):
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(var).__name__}")
     if kind != "logvar" and not var > 0:
         raise ValueError(f"{name} must be positive, got {var}")
     factor = 2 if kind == "std" else 1
-    if torch.compiler.is_compiling() and isinstance(var, float):
+    if torch.compiler.is_compiling() and isinstance(var, FLOAT):
         value = _symbolic(var, recon)
         return (value if kind == "logvar" else torch.log(value) * factor), "logvar"
     return (float(var) if kind == "logvar" else math.log(var) * factor), "logvar"
@@ -167,7 +167,7 @@ def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | 
 
 
 def _check_samples(num_samples: Any) -> None:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+    if isinstance(num_samples, bool) or not isinstance(num_samples, INT):
         raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -205,17 +205,20 @@ def _noise(
 
 def _latent(
     mu: Tensor, logvar: Tensor | None, prior_mu: Any, prior_logvar: Any, weight: Tensor | None, clamp: Any, reduction: str,
-    batch_dims: int, noise: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None, num_samples: int | None,
-    want_kl: bool, impl: str | None, packed: int | None = None,
+    batch_dims: int, noise: tuple[Any, ...] | None, num_samples: int | None, want_kl: bool, impl: str | None,
+    packed: int | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """z (if `noise` is given) and the KL (if wanted). With `packed`, `mu` holds the moments and `logvar` is None."""
+    """z (if `noise`, which is (eps, seed, generator), is given) and the KL (if wanted).
+
+    With `packed`, `mu` holds the moments and `logvar` is None.
+    """
     halves: tuple[Any, ...] = (mu, logvar) if packed is None else mu.chunk(2, packed)
     keep = _check_rows(reduction, batch_dims, halves[0].ndim)
     prior_mu = _check_prior("prior_mu", prior_mu, halves[0])
     prior_logvar = _check_prior("prior_logvar", prior_logvar, halves[0])
     _check_weight(weight, "mu", halves[0].shape, mu.device)
     clamp = _check_clamp(clamp)
-    eps, seed = (None, None) if noise is None else noise(halves[0])
+    eps, seed = (None, None) if noise is None else _noise(halves[0], num_samples, *noise)
     scale = _scale(reduction, batch_dims, halves[0].shape, weight, *halves, prior_mu, prior_logvar)
     chosen = backend.choose(impl, mu.device, not mu.numel())
     if chosen is None:
@@ -229,6 +232,7 @@ def _latent(
     return z, kl * scale if traced and want_kl else kl
 
 
+@one_node
 def reparameterize(
     mu: Tensor,
     logvar: Tensor,
@@ -260,12 +264,13 @@ def reparameterize(
     """
     _check_pair("mu", mu, "logvar", logvar)
     z, _ = _latent(
-        mu, logvar, None, None, None, None, "none", 0, lambda m: _noise(m, num_samples, eps, seed, generator), num_samples, False,
+        mu, logvar, None, None, None, None, "none", 0, (eps, seed, generator), num_samples, False,
         impl,
     )  # fmt: skip
     return z
 
 
+@one_node
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -296,10 +301,11 @@ def reparameterize_kl(
     _check_pair("mu", mu, "logvar", logvar)
     return _latent(
         mu, logvar, prior_mu, prior_logvar, weight, logvar_clamp, reduction, batch_dims,
-        lambda m: _noise(m, num_samples, eps, seed, generator), num_samples, True, impl,
+        (eps, seed, generator), num_samples, True, impl,
     )  # fmt: skip
 
 
+@one_node
 def gaussian_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -358,6 +364,7 @@ def _nll(
     return GaussianNLL.apply(recon, x, var, weight, (kind, full, eps, keep, scale, torch.is_grad_enabled(), chosen))
 
 
+@one_node
 def gaussian_nll(
     recon: Tensor,
     x: Tensor,
@@ -410,6 +417,7 @@ def _promote(a: Tensor, b: Tensor) -> torch.dtype:
     return b.dtype if b.ndim and not a.ndim and b.is_floating_point() else torch.promote_types(a.dtype, b.dtype)
 
 
+@one_node
 def gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
 ) -> Tensor:
@@ -433,7 +441,7 @@ def gaussian_nll_loss(
         ValueError: var has a negative entry or the wrong size, or reduction is unknown.
         RuntimeError: input and target do not broadcast.
     """
-    if isinstance(var, float):
+    if isinstance(var, FLOAT):
         if var < 0:
             raise ValueError("var has negative entry/entries")
     elif not isinstance(var, Tensor):
@@ -489,6 +497,7 @@ def _check_elbo(
     )
 
 
+@one_node
 def elbo_terms(
     recon: Tensor,
     x: Tensor,
@@ -532,6 +541,7 @@ def _elbo_terms(
     return ELBOTerms.apply(*inputs, (full, clamp, keep, nll_scale, kl_scale, torch.is_grad_enabled(), chosen))
 
 
+@one_node
 def elbo_loss(
     recon: Tensor,
     x: Tensor,

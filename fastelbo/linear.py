@@ -25,6 +25,7 @@ from .functional import (
     gaussian_nll,
     reparameterize_kl,
 )
+from .tracing import one_node
 
 _PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
@@ -73,6 +74,7 @@ def _linear_nll(
     return LinearNLL.apply(h, x, weight, bias, var, (full, keep, scale, precision, torch.is_grad_enabled(), chosen))
 
 
+@one_node
 def linear_gaussian_nll(
     h: Tensor,
     weight: Tensor,
@@ -121,6 +123,7 @@ def linear_gaussian_nll(
     return _linear_nll(h, x, weight, bias, var, bool(full), keep, _scale(reduction, 1, x.shape, None), precision, impl)
 
 
+@one_node
 def linear_elbo_loss(
     x: Tensor,
     mu: Tensor,

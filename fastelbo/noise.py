@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .tracing import INT
+
 __all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
 
 _LOW = 0xFFFFFFFF
@@ -42,7 +44,7 @@ def check_seed(seed: int | Tensor, device: torch.device | str | None = None) -> 
         if seed.device.type not in ("cpu", device.type):
             raise ValueError(f"seed is on {seed.device}, expected it on {device} or on the CPU")
         return seed.to(device, non_blocking=True)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, INT):
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")

@@ -99,6 +99,37 @@ def test_one_graph_and_the_same_numbers(name: str) -> None:
     compare(fn, torch.compile(fn, fullgraph=True, backend="aot_eager"), inputs())
 
 
+WHOLE = {
+    "reparameterize-eps": "reparameterize",
+    "reparameterize_kl": "reparameterize_kl",
+    "gaussian_kl": "gaussian_kl",
+    "gaussian_nll": "gaussian_nll",
+    "gaussian_nll_loss-float": "gaussian_nll_loss",
+    "elbo_terms": "elbo_terms",
+    "elbo_loss-float": "elbo_loss",
+    "ELBOLoss": "elbo_loss",
+    "kl": "_latent",
+}
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_dynamo_sees_one_function(name: str) -> None:
+    """What it traced through it would check before each call, for longer than a small loss takes."""
+    nodes: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nodes.extend(n.target for n in graph.graph.nodes if n.op == "call_function" and not n.target.__module__.startswith("torch"))
+        return graph.forward
+
+    torch.compile(FUNCTIONS[name], fullgraph=True, backend=backend)(*inputs())
+    assert [n.__name__ for n in nodes if n.__name__ != "getitem"] == [WHOLE[name]]
+
+
+def test_the_same_tensor_in_two_places() -> None:
+    fn: Fn = lambda r, x, v, m, s, e: fastelbo.elbo_loss(r, x, m, m, recon_logvar=r)  # noqa: E731
+    compare(fn, torch.compile(fn, fullgraph=True, backend="aot_eager"), inputs())
+
+
 @pytest.mark.parametrize("name", ["elbo_loss-learned", "reparameterize_kl-seed"])
 def test_inductor(name: str) -> None:
     fn = FUNCTIONS[name]

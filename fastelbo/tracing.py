@@ -1,0 +1,38 @@
+"""Under torch.compile a public function is one node of the graph, which AOTAutograd opens.
+
+Dynamo would trace through every check and helper, and verify all that it saw there before each call of the compiled code: more
+time than a small loss takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What a size or a number is in a graph that serves them all.
+INT: tuple[type[Any], ...] = int, torch.SymInt
+FLOAT: tuple[type[Any], ...] = float, torch.SymFloat
+NUMBER = *INT, *FLOAT
+
+nodes: list[Callable[..., Any]] = []
+
+
+def one_node(function: Function) -> Function:
+    """Decorate a function of tensors and numbers (not of functions), which has no effects."""
+    nodes.append(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            # Marks the functions in a module of its own, which Dynamo imports when it gets here: torch._dynamo takes a second.
+            from . import _nodes  # noqa: F401
+        return function(*args, **kwargs)
+
+    named: Any = call
+    named.__code__ = named.__code__.replace(co_name=function.__name__)
+    return named
