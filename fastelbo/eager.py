@@ -225,7 +225,7 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     Between two calls the allocator may return a temporary's pages, and faulting them in again takes longer than filling them.
     """
     size = like.numel() * dtype.itemsize
-    if not BLOCK // 16 < size <= BLOCK or not _readable(like):
+    if not BLOCK // 16 < size <= BLOCK + BLOCK // 2 or not _readable(like):
         return None
     held = getattr(_held, "slots", None)
     if held is None:
@@ -424,7 +424,10 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
 
     inputs = recon, x, None if fixed else var
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None
-    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // acc.itemsize, acc, host)
+    size = BLOCK // acc.itemsize
+    if recon.numel() <= size + size // 2:
+        size = recon.numel()  # not a block and a bit: a pass of its own costs more than is gained
+    sums, grads = _run(block, inputs, constants, needs, keep, size, acc, host)
     # Without weights, terms lack the factor.
     return None if sums is None else _scaled(sums, scale if fixed or weight is not None else factor * scale), grads
 
