@@ -577,6 +577,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
     plain = weight is None or weight.dtype == torch.bool
     host = _readable(mu)
     quick = host and acc == torch.float32
+    traced = torch.compiler.is_compiling()  # then gradients alone take no series, which Inductor does not have for nothing
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
         of_mu, of_logvar, of_prior_mu, of_prior_logvar = outs
@@ -605,7 +606,7 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             near = quick and (prior_logvar is None or _greatest(v, weight) <= 4.0)
             count = _count(lv, dims)
             fast = near and plain and count >= 16
-            if near and (fast or not want_terms):
+            if (near and fast) or (not want_terms and (near or traced)):
                 expm1 = torch.expm1(v, out=of_expm1)
                 rest = torch.sub(expm1, v, out=spare) if want_terms else None
             else:
