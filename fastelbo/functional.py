@@ -119,6 +119,8 @@ def _check_prior(name: str, prior: Any, mu: Tensor) -> Tensor | None:
     if prior is None:
         return None
     if isinstance(prior, NUMBER) and not isinstance(prior, bool):
+        if torch.compiler.is_compiling():
+            return _symbolic(prior, mu).expand(mu.shape)
         return torch.full((), prior, dtype=reference.accumulate_dtype(mu), device=mu.device).expand(mu.shape)
     _check_tensor(name, prior, mu.device)
     _check_broadcast(name, prior, "mu", mu.shape)

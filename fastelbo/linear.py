@@ -69,7 +69,8 @@ def _linear_nll(
         # A loop over tiles would unroll; Inductor fuses what follows a product of its own.
         acc = reference.accumulate_dtype(h, x, weight, bias, var)
         recon = F.linear(h.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-        rows = x if len(h) == len(x) else x.expand(len(h) // len(x), *x.shape).flatten(0, 1)
+        samples = h.shape[0] // x.shape[0]  # not len(), which is a number in every graph
+        rows = x if samples == 1 else x.expand(samples, *x.shape).flatten(0, 1)
         return scale * gaussian_nll(recon, rows, logvar=var, full=full, reduction="none" if keep else "sum", impl=impl)
     return LinearNLL.apply(h, x, weight, bias, var, (full, keep, scale, precision, torch.is_grad_enabled(), chosen))
 

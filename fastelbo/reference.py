@@ -105,8 +105,8 @@ def linear_nll(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: T
     acc = accumulate_dtype(h, x, weight, bias, var)
     recon = h.to(acc) @ weight.to(acc).T
     recon = recon if bias is None else recon + bias.to(acc)
-    if len(recon) != len(x):
-        x = x.expand(len(recon) // len(x), *x.shape).flatten(0, 1)
+    if recon.shape[0] != x.shape[0]:
+        x = x.expand(recon.shape[0] // x.shape[0], *x.shape).flatten(0, 1)
     return nll(recon, x, var, None, "logvar", full, 0.0, keep)
 
 
