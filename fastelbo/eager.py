@@ -744,8 +744,10 @@ TILE_COLUMNS = 1 << 8
 # Elsewhere a tile's products must fill the device.
 DEVICE_TILE = 1 << 25
 
-# Since torch 2.8 halves multiply into float32 without being rounded in between, on CUDA.
-_WIDE_PRODUCTS = torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+def _multiplies_halves(x: Tensor) -> bool:
+    """Whether halves multiply into float32 without being rounded in between: since torch 2.8, on CUDA."""
+    return x.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
@@ -756,7 +758,7 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
     need_h, need_x, need_weight, need_bias, need_var = needs if up is not None else (False,) * 5
     (count, _), (batch, width), host = h.shape, x.shape, _readable(x)
     operands = torch.promote_types(h.dtype, weight.dtype)
-    if not (x.is_cuda and _WIDE_PRODUCTS and acc == torch.float32):
+    if acc != torch.float32 or not _multiplies_halves(x):
         operands = acc
     # A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
     slopes = acc if operands == torch.float16 else operands

@@ -186,6 +186,36 @@ def test_wide_h_and_several_blocks(samples: int, dtype: torch.dtype, device: tor
         check(draw(device, 90, 83, 261, samples=samples, var=var, dtypes=(dtype,)), keep, precision="tf32x3")
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if torch.float64 not in d], ids=str)
+def test_wide_h_in_half_precision(
+    dtypes: Sequence[torch.dtype], samples: int, keep: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch multiplies halves as they are. Elsewhere a product stands in that has the same inputs and the same sums."""
+
+    def product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+        assert a.dtype == b.dtype
+        total.copy_(a.float() @ b.float() + (beta * total if beta else 0.0))
+
+    if device.type == "cpu":
+        monkeypatch.setattr(eager, "_multiplies_halves", lambda x: True)
+        monkeypatch.setattr(eager, "_readable", lambda t: False)
+        monkeypatch.setattr(eager, "_product", product)
+    monkeypatch.setattr(eager, "DEVICE_TILE", 2000)
+    monkeypatch.setattr(eager, "TILE_ROWS", 50)
+    for var in ("0d", "columns"):
+        check(draw(device, 90, 83, 261, samples=samples, var=var, dtypes=dtypes), keep, scale=0.05)
+
+
+def test_half_precision_does_not_overflow_over_a_small_variance(device: torch.device) -> None:
+    """Where the residual over the variance leaves float16's range, and the gradients, which average over it, do not."""
+    for width in (20, 261):
+        inputs = draw(device, 64, 80, width, dtypes=(torch.float16,))
+        inputs[4] = torch.full((80,), -11.5, dtype=torch.float16, device=device)
+        check(inputs, 0, scale=1e-4)
+
+
 @pytest.mark.parametrize("width", [20, 130])
 def test_every_subset_of_gradients(width: int, device: torch.device) -> None:
     """Those asked for, no others, and the same numbers as together (x's decides which rows a walk takes, so not bit for bit)."""
