@@ -3,8 +3,8 @@
 Four rules hold for all of them.
 
 - Where a backend has gradients ready from the forward pass, the first backward scales them, hands them over and forgets them: for
-  `ELBO` both backends do, since its upstream gradient is 1 in normal use, for the others only where recomputing costs more than
-  keeping. Any other backward recomputes from the saved inputs. Nothing that a caller can see is written.
+  `ELBO`, `LinearELBO` and `LinearNLL` both backends do, since their upstream gradient is 1 in normal use, for the others only where
+  recomputing costs more than keeping. Any other backward recomputes from the saved inputs. Nothing a caller sees is written.
 - With grad mode on inside backward (`create_graph=True`), the reference expression is differentiated instead, so that double
   backward is right.
 - `needs_input_grad` decides which gradients are computed. It stays true under `no_grad`, so work that only a backward would use

@@ -873,10 +873,15 @@ def _matmul_precision(precision: str | None, h: Tensor, weight: Tensor) -> Itera
         torch.set_float32_matmul_precision(before)
 
 
+def writes_ahead(keep: int, needs: Sequence[bool], *inputs: Any) -> bool:
+    """Whether forward writes gradients: of float16 not before the upstream gradient is known, or they would underflow."""
+    return keep == 0 and any(needs) and torch.float16 not in [t.dtype for t in inputs if isinstance(t, Tensor)]
+
+
 def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs) -> tuple[Tensor, Grads | None]:
     acc = accumulate_dtype(h, x, weight, bias, var)
     scale = _number(scale)
-    early = keep == 0 and any(needs) and torch.float16 not in [t.dtype for t in (h, x, weight, bias, var) if isinstance(t, Tensor)]
+    early = writes_ahead(keep, needs, h, x, weight, bias, var)
     with _matmul_precision(precision, h, weight):
         nll, grads = _linear_nll(h, x, weight, bias, var, full, keep, scale, scale if early else None, needs, True, acc)
     assert nll is not None
@@ -903,6 +908,8 @@ def linear_elbo_forward(
     z, kl, _ = own.latent_forward(mu, logvar, *of_prior, keep, kl_scale, eps, seed, samples, True, none)
     need_x, need_mu, need_logvar, *need_layer, _, _ = needs
     needs_nll = need_mu or need_logvar, need_x, *need_layer
+    if not writes_ahead(keep, needs, x, mu, logvar, weight, bias, var, prior_mu, prior_logvar):
+        needs_nll = (False,) * 5
     rows = z if samples is None else z.flatten(0, 1)
     nll, ready = own.linear_nll_forward(rows, x, weight, bias, var, full, keep, nll_scale, precision, needs_nll)
     if keep and samples is not None:

@@ -584,15 +584,10 @@ def _fits(x, weight, *others) -> bool:
     return small and accumulate_dtype(x, weight, *others) == torch.float32
 
 
-def _is_early(keep, needs, *inputs) -> bool:
-    """Whether forward writes gradients: not before the upstream gradient is known, where halves would underflow without it."""
-    return keep == 0 and any(needs) and torch.float16 not in [t.dtype for t in inputs if isinstance(t, Tensor)]
-
-
 def linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs):
     if len(h) >= _MOST or not _fits(x, weight, h, bias, var):
         return eager.linear_nll_forward(h, x, weight, bias, var, full, keep, scale, precision, needs)
-    needs = needs if _is_early(keep, needs, h, x, weight, bias, var) else (False,) * 5
+    needs = needs if eager.writes_ahead(keep, needs, h, x, weight, bias, var) else (False,) * 5
     (_, nll, _), (d_h, *_), grads = _tiles(h, x, weight, bias, var, full, keep, scale, None, precision, needs, True)
     return nll, (d_h, *grads) if any(needs) else None
 
@@ -612,7 +607,7 @@ def linear_elbo_forward(
     rest = eps, seed, samples, full, keep, nll_scale, kl_scale, beta, precision
     if not _samples_here(eps, samples, *inputs):
         return eager.linear_elbo_forward(*inputs, *rest, needs, backend=fastelbo.kernels)
-    needs = needs if _is_early(keep, needs, *inputs) else (False,) * 8
+    needs = needs if eager.writes_ahead(keep, needs, *inputs) else (False,) * 8
     outs, grads = _elbo(*inputs, *rest, None, needs, True)
     return *outs, grads if any(needs) else None
 

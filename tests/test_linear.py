@@ -302,6 +302,15 @@ def test_half_precision_gradients_survive_small_scales(backend: Backend) -> None
 
 
 @each_backend
+def test_a_float16_gradient_beside_float32_survives_small_scales(backend: Backend) -> None:
+    values = inputs((64, 512, 4)) | {"logvar": torch.full((64, 4), -20.0, dtype=torch.float16)}
+    v = leaves(values, ("mu", "logvar"), backend.device)
+    eps = torch.randn(64, 4, device=backend.device)
+    (fused(v, backend.impl, "element", eps=eps, reduction="mean", beta=0.0) * 65536.0).backward()
+    assert float((v["logvar"].grad != 0).float().mean()) > 0.99
+
+
+@each_backend
 def test_empty(backend: Backend) -> None:
     for size in ((0, 5, 3), (4, 0, 3)):
         v = leaves(inputs(size, "scalar"), device=backend.device)
