@@ -30,7 +30,7 @@ class DiagonalGaussian:
         self._logvar = logvar
         self._clamp = _check_clamp(logvar_clamp)
         self._impl = impl
-        self._moments: tuple[Tensor, int] | None = None
+        self._moments: tuple[Tensor, int] | tuple[()] = ()
 
     @classmethod
     def from_moments(
@@ -72,13 +72,12 @@ class DiagonalGaussian:
         return self.mu
 
     def _fused(self, noise, num_samples, other, weight, reduction, batch_dims, want_kl):  # type: ignore[no-untyped-def]
-        mu, logvar, packed = (self.mu, self._logvar, None) if self._moments is None else (self._moments[0], None, self._moments[1])
         if other is not None and not isinstance(other, DiagonalGaussian):
             raise TypeError(f"other must be a DiagonalGaussian or None, got {type(other).__name__}")
         prior_mu, prior_logvar = (None, None) if other is None else (other.mu, other.logvar)
         return _node(
-            mu, logvar, prior_mu, prior_logvar, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl, self._impl,
-            packed,
+            self.mu, self._logvar, prior_mu, prior_logvar, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl,
+            self._impl, *self._moments,
         )  # fmt: skip
 
     def rsample(

@@ -16,8 +16,8 @@ devices, and under torch.compile (where Inductor fuses the expressions itself), 
     grad      upstream gradient of a result, of its shape, with any strides
     needs     which inputs want a gradient, in the order of the arguments; the others get None
 
-A forward pass may return these gradients with its results, for an upstream gradient of 1 of each result; `scale_gradients` finishes
-them. None stands for a forward pass that leaves them to the backward pass.
+A forward pass may return these gradients with its results, for an upstream gradient of 1 of each result, or what they are multiples
+of; `scale_gradients` finishes them. None stands for a forward pass that leaves them to the backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ def _sum_squares(t: Tensor, dims: Dims, host: bool) -> Sums:
 
 
 def _count(t: Tensor, dims: Dims) -> int:
-    return t.numel() if dims is None else math.prod([t.shape[i] for i in dims])
+    return t.numel() if dims is None else math.prod(t.shape[dims[0] :]) if dims else 1
 
 
 def _readable(t: Tensor) -> bool:
@@ -225,7 +225,7 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor | None:
     Between two calls the allocator may return a temporary's pages, and faulting them in again takes longer than filling them.
     """
     size = like.numel() * dtype.itemsize
-    if not BLOCK // 16 < size <= BLOCK + BLOCK // 2 or not _readable(like):
+    if not BLOCK // 16 < size <= 2 * BLOCK or not _readable(like):
         return None
     held = getattr(_held, "slots", None)
     if held is None:
@@ -331,10 +331,9 @@ def _early(inputs: Sequence[Any], needs: Sequence[bool], shape: torch.Size, keep
 
     Those of half-precision inputs would be rounded twice, and those of inputs that broadcast hold a sum over rows.
     """
-    if not any(needs) or keep == len(shape):
+    if True not in needs or keep == len(shape) or not _readable(inputs[0]):
         return False
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    return _readable(wanted[0]) and all(t.dtype == acc and (keep == 0 or t.shape == shape) for t in wanted)
+    return not any(need and (t.dtype != acc or (keep and t.shape != shape)) for t, need in zip(inputs, needs, strict=True))
 
 
 # ---- Gaussian negative log-likelihood --------------------------------------------------------------------------------------------
@@ -522,22 +521,27 @@ def _rest_over_square(v: Tensor) -> Tensor:
 # fmt: on
 
 
-def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+def exact_parts(
+    logvar: Tensor, prior_logvar: Tensor | None, expm1: Tensor | None = None, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """e^v - 1 and e^v - 1 - v for v = logvar - prior_logvar, without what float32 loses near the prior and far from it.
 
     On a CPU in float64 for float32, where the cancellation near the prior stays below 2e-8 of the result but for the smallest v: it
-    takes fewer operations than a series. Elsewhere float64 is slow or missing: a series, in logvar's dtype.
+    takes fewer operations than a series. Elsewhere float64 is slow or missing: a series, in logvar's dtype. `expm1` and `rest` are
+    memory for the results, which is used where there is much to do.
     """
     if logvar.dtype == torch.float32 and _readable(logvar):
-        v = _scratch(logvar, torch.float64, 4)
-        v = logvar.double() if v is None else v.copy_(logvar)
-        if prior_logvar is not None:
-            v.sub_(prior_logvar)
-        expm1 = torch.expm1(v, out=_scratch(logvar, torch.float64, 5))
-        rest = torch.sub(expm1, v, out=v)
-        if v.numel() and float(rest.min()) < 1e-16:
-            v = logvar.double() if prior_logvar is None else logvar.double().sub_(prior_logvar)
-            rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest)
+        wide = max(1, BLOCK * 5 // 16 // 16)
+        if logvar.numel() <= wide:
+            wide_expm1, wide_rest = _wide_parts(logvar, prior_logvar)
+            return wide_expm1.float(), wide_rest.float()
+        expm1 = torch.empty_like(logvar) if expm1 is None else expm1
+        rest = torch.empty_like(logvar) if rest is None else rest
+        tensors = logvar, prior_logvar, expm1, rest
+        blocks = _Blocks(logvar.shape, 0, wide, tensors)
+        for lv, prior_lv, *outs in zip(*(blocks.cut(blocks.see(t)) for t in tensors), strict=True):
+            for out, part in zip(outs, _wide_parts(lv, prior_lv), strict=True):
+                out.copy_(part)
         return expm1, rest
     v = logvar if prior_logvar is None else logvar - prior_logvar
     series, near = _rest_over_square(v) * v * v, v.abs() < 1
@@ -549,6 +553,28 @@ def exact_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Te
         more = exp * ((logvar - (v - back)) - (prior_logvar + back))
         exp = torch.where(more.abs() < math.inf, exp + more, exp)
     return torch.where(near, series + v, exp - 1.0), torch.where(near, series, exp - 1.0 - v)
+
+
+def _wide_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of float32 tensors in float64, in scratch."""
+    v = _scratch(logvar, torch.float64, 4)
+    v = logvar.double() if v is None else v.copy_(logvar)
+    if prior_logvar is not None:
+        v.sub_(prior_logvar)
+    expm1 = torch.expm1(v, out=_scratch(logvar, torch.float64, 5))
+    rest = torch.sub(expm1, v, out=v)
+    if v.numel() and float(rest.min()) < 1e-16:
+        v = logvar.double() if prior_logvar is None else logvar.double().sub_(prior_logvar)
+        rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest)
+    return expm1, rest
+
+
+def _reaching(clamp: tuple[float, float] | None, logvar: Tensor) -> tuple[float, float] | None:
+    """The clamp, or None where nothing lies outside of it, which is soon seen on a CPU."""
+    if clamp is None or not _readable(logvar) or not logvar.numel():
+        return clamp
+    least, most = torch.aminmax(logvar)
+    return None if least.item() >= clamp[0] and most.item() <= clamp[1] else clamp
 
 
 def _greatest(v: Tensor, weight: Tensor | None) -> float:
@@ -570,14 +596,61 @@ def _is_exact(total: Sums, count: int) -> bool:
     return least >= count / 18
 
 
+class _Slopes(NamedTuple):
+    """What the gradients of a KL that is summed by rows are multiples of: their factors wait for the upstream gradient."""
+
+    pull: Tensor | None  # of mu and, with the opposite sign, of prior_mu
+    expm1: Tensor | None
+    curve: Tensor | None
+    scale: Factor
+    needs: Sequence[bool]
+
+    def times(self, grad: Tensor) -> Grads:
+        """The gradients, in this memory as far as it goes."""
+        pull, expm1, curve, scale, (need_mu, need_logvar, need_prior_mu, need_prior_logvar) = self
+        g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
+        some: Any = pull if pull is not None else expm1 if expm1 is not None else curve
+        if grad.ndim:
+            grad = grad.reshape(grad.shape + (1,) * (some.ndim - grad.ndim))
+            rate = grad if type(scale) is float and scale == 1.0 else grad * scale
+        else:
+            rate = _constant(grad.item() * scale, some.dtype)
+        half = rate * _constant(0.5, some.dtype)
+        if need_logvar:
+            g_logvar = expm1.mul_(half)
+        if need_prior_logvar:
+            g_prior_logvar = curve.mul_(-half)
+        if need_prior_mu:
+            g_prior_mu = torch.mul(pull, -rate, out=None if need_mu else pull)
+        if need_mu:
+            g_mu = pull.mul_(rate)
+        return g_mu, g_logvar, g_prior_mu, g_prior_logvar
+
+
+def _slope(slope: Tensor, factor: Factor, out: Tensor | None, weight: Tensor | None, fill: bool, host: bool) -> Tensor:
+    """The slope times the factor and the weights, in `out`."""
+    if weight is not None and weight.dtype == slope.dtype and 4 * weight.numel() <= slope.numel():
+        slope = torch.mul(slope, weight * factor, out=out)  # one pass instead of two
+        return slope.masked_fill_(weight == 0, 0.0) if fill else slope
+    if out is not slope or type(factor) is not float or factor != 1.0:
+        slope = torch.mul(slope, _factor(factor, slope, host), out=out)
+    return slope if weight is None else _weigh(slope, weight, fill)
+
+
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
-    """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z."""
+    """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z.
+
+    With terms and without `up`, gradients lack their factors (and that of prior_mu is that of mu, whichever is asked for).
+    """
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
-    want_slopes = up is not None and any(needs)
+    clamp = _reaching(clamp, logvar)
+    bare = want_terms and up is None
+    want_slopes = (bare or up is not None) and True in needs
     plain = weight is None or weight.dtype == torch.bool
     host = _readable(mu)
     quick = host and acc == torch.float32
-    traced = torch.compiler.is_compiling()  # then gradients alone take no series, which Inductor does not have for nothing
+    # Gradients alone take no series where they are traced: Inductor does not have it for nothing.
+    traced = not host and torch.compiler.is_compiling()
 
     def block(mu, logvar, prior_mu, prior_logvar, weight, factors, grad_z, grad_z_eps, outs, dims):
         of_mu, of_logvar, of_prior_mu, of_prior_logvar = outs
@@ -587,18 +660,20 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
         prior_logvar = None if prior_logvar is None else _as(prior_logvar, acc)
         rate = up if factors is None else factors
         sums = g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
-        core = rest = None
+        rest = None
         fill = True
         if want_slopes or want_terms:
-            spare = _scratch(lv, acc, 0) if dims != () else None
-            v = lv if prior_logvar is None else torch.sub(lv, prior_logvar, out=_scratch(lv, acc, 1))
-            of_expm1 = of_logvar if want_slopes and need_logvar else None if want_slopes else _scratch(lv, acc, 2)
+            v, spare = lv, _scratch(lv, acc, 0) if dims != () else None
+            if prior_logvar is not None:
+                v = spare = torch.sub(lv, prior_logvar, out=spare)
+            of_expm1 = of_logvar if need_logvar else _scratch(lv, acc, 1)
             d = pull = _as(mu, acc)
             if prior_mu is not None:
-                of_d = of_prior_mu if want_slopes and need_prior_mu else _scratch(lv, acc, 3)
+                of_d = of_prior_logvar if need_prior_logvar else of_prior_mu if need_prior_mu else _scratch(lv, acc, 2)
                 d = pull = torch.sub(d, _as(prior_mu, acc), out=of_d)
             if prior_logvar is not None:
-                of_pull = of_mu if want_slopes and need_mu else None
+                of_pull = of_prior_mu if need_prior_logvar else None  # unless d lies there
+                of_pull = of_mu if need_mu else of_pull if need_prior_mu else _scratch(lv, acc, 3)
                 pull = torch.exp(prior_logvar, out=of_pull)
                 pull = torch.div(d, pull, out=pull)
             # In float32 e^v - 1 - v is good enough for sums, unless the posterior lies near its prior, which they show themselves
@@ -610,57 +685,69 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 expm1 = torch.expm1(v, out=of_expm1)
                 rest = torch.sub(expm1, v, out=spare) if want_terms else None
             else:
-                exact, rest = exact_parts(lv, prior_logvar)
-                expm1 = _as(exact, acc) if of_expm1 is None else of_expm1.copy_(exact)
+                exact, rest = exact_parts(lv, prior_logvar, of_expm1, spare)
+                expm1 = exact if of_expm1 is None or exact is of_expm1 else of_expm1.copy_(exact)
             while want_terms:
-                core = rest.addcmul_(d, pull) if rest.dtype == acc else rest.add_(d * pull)
-                sums, fill = _weighed_sum(core, weight, dims)
+                sums, fill = _weighed_sum(rest.addcmul_(d, pull), weight, dims)
                 if not fast or _is_exact(sums, count):
                     break
-                fast, rest = False, exact_parts(lv, prior_logvar)[1]
-            if dims == () and want_terms:
-                sums = core.to(acc)
+                fast, (exact, rest) = False, exact_parts(lv, prior_logvar, expm1, spare)
+                expm1 = exact if exact is expm1 else expm1.copy_(exact)
             if want_slopes:
                 if need_prior_logvar:
-                    curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar)
-                    g_prior_logvar = _times(_weigh(curve, weight, fill), -0.5 * rate, host)
+                    curve = torch.addcmul(expm1, d, pull, out=of_prior_logvar if prior_mu is None else d)
+                    g_prior_logvar = _slope(curve, 1.0 if bare else -0.5 * rate, curve, weight, fill, host)
                 if need_mu or need_prior_mu:
                     # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
-                    g_mu = torch.mul(pull, _factor(rate, pull, host), out=of_mu if pull is d else pull)
-                    g_mu = _weigh(g_mu, weight, fill)
-                    g_prior_mu = torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
+                    g_mu = _slope(pull, 1.0 if bare else rate, of_mu if pull is d else pull, weight, fill, host)
+                    g_prior_mu = g_mu if bare else torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
                 if need_logvar:
-                    g_logvar = _times(_weigh(expm1, weight, fill), 0.5 * rate, host)
+                    g_logvar = _slope(expm1, 1.0 if bare else 0.5 * rate, expm1, weight, fill, host)
         if grad_z is not None:
             if need_mu:
-                g_mu = grad_z if g_mu is None else g_mu + grad_z
+                g_mu = grad_z if g_mu is None else g_mu.add_(grad_z)
             if need_logvar:
-                through = torch.mul(lv, 0.5).exp_().mul_(grad_z_eps).mul_(0.5)
-                g_logvar = through if g_logvar is None else through.add_(g_logvar)
+                std = torch.mul(lv, 0.5).exp_()
+                g_logvar = std.mul_(grad_z_eps).mul_(0.5) if g_logvar is None else g_logvar.addcmul_(std, grad_z_eps, value=0.5)
         if clamp is not None and g_logvar is not None:
             g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
-        return sums, (g_mu if need_mu else None, g_logvar, g_prior_mu, g_prior_logvar)
+        return sums, (g_mu if need_mu else None, g_logvar, g_prior_mu if need_prior_mu else None, g_prior_logvar)
 
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = None if out is None else (*out, None, None)
-    sums, grads = _run(block, inputs, constants, needs, keep, BLOCK // 8, acc, host, buffers)
-    return None if sums is None else _scaled(sums, 0.5 * scale), grads
+    # What a block has beside its gradients takes two BLOCKs together: 5/16 of one are `exact_parts`'s, these share the rest.
+    temporaries = 1 + (not need_logvar) + 2 * (clamp is not None) + 2 * (grad_z is not None)
+    if prior_mu is not None and not (need_prior_mu or need_prior_logvar):
+        temporaries += 1
+    if prior_logvar is not None and not (need_mu or need_prior_mu):
+        temporaries += 1
+    size = max(1, BLOCK * 27 // 16 // acc.itemsize // temporaries)
+    sums, grads = _run(block, inputs, constants, needs, keep, size, acc, host, buffers)
+    return None if sums is None else sums * (0.5 * scale), grads
 
 
 def latent_forward(
     mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, eps, seed, samples, want_kl, needs
-) -> tuple[Tensor | None, Tensor | None, Grads | None]:
+) -> tuple[Tensor | None, Tensor | None, Grads | _Slopes | None]:
     """z (None without eps and seed) in mu's dtype, of shape (samples, *mu.shape) if samples is given; and the KL if wanted."""
-    z = kl = ready = None
+    z = kl = None
+    ready: Grads | _Slopes | None = None
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     sampled = eps is not None or seed is not None
+    clamp = _reaching(clamp, logvar)
     if want_kl:
         prior, scale = (prior_mu, prior_logvar), _number(scale)
         early = not sampled and _early((mu, logvar, *prior), needs, mu.shape, keep, acc)
-        up, wanted = (scale, needs) if early else (None, (False,) * 4)
+        need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
+        up, wanted = scale, needs if early else (False,) * 4
+        if keep:
+            # Not for an upstream gradient of 1, which rows seldom get.
+            up, wanted = None, (need_mu, need_logvar, need_prior_mu and not need_mu, need_prior_logvar) if early else wanted
         sums, grads = _kl(mu, logvar, *prior, weight, clamp, keep, scale, up, None, None, wanted, True, acc)
-        kl, ready = _tensor(sums, acc), grads if early else None
+        if early:
+            ready = _Slopes(grads[0] if need_mu else grads[2], grads[1], grads[3], scale, needs) if keep else grads
+        kl = _tensor(sums, acc)
     if sampled:
         wide = _as(logvar, acc) if clamp is None else torch.clamp(_as(logvar, acc), *clamp)
         std = torch.mul(wide, 0.5).exp_()
@@ -763,12 +850,18 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
     # A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
     slopes = acc if operands == torch.float16 else operands
     wide_bias = None if bias is None else _as(bias, acc)
-    level = _as(var, acc) if isinstance(var, Tensor) else torch.full((), var, dtype=acc, device=x.device)
-    level = level.reshape(()) if level.numel() == 1 else level
-    inverse, by_column = torch.exp(-level), level.ndim == 1
+    level: Any = var
+    if isinstance(var, Tensor):
+        level = _as(var, acc).reshape(()) if var.numel() == 1 else _as(var, acc)
+        level = level.item() if host and not level.ndim else level
+    inverse: Any = torch.exp(-level) if isinstance(level, Tensor) else _exp(-level)
+    by_column = isinstance(level, Tensor) and level.ndim == 1
     rate: Any = 1.0 if up is None else up
     by_row = isinstance(rate, Tensor) and rate.ndim > 0  # it is (N, 1)
     each_rate = inverse if by_row else inverse * rate
+    # What is left of a gradient's factors: where it is a number, products are scaled as they are made.
+    h_factor = rate if by_column else inverse * rate
+    weight_factor = each_rate.unsqueeze(1) if by_column else each_rate
     rated_h = (h * rate).to(slopes) if by_row and need_weight else h.to(slopes)
     rated_weight = (weight * inverse.unsqueeze(1)).to(slopes) if by_column and need_h else weight.to(slopes)
     left_factor, right_factor = h.to(operands), weight.to(operands).T
@@ -778,23 +871,26 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
     span = max(1, min(width, size // height if height >= 64 or not host else TILE_COLUMNS))
     memory = torch.empty(height * span, dtype=acc, device=x.device)
     zeros = functools.partial(torch.zeros, dtype=acc, device=x.device)
-    d_h, d_x = zeros(h.shape) if need_h else None, zeros(x.shape).to(x.dtype) if need_x else None
-    d_weight, d_bias = zeros(weight.shape) if need_weight else None, zeros(width) if need_bias else None
+    unwritten = functools.partial(torch.empty, dtype=acc, device=x.device) if x.numel() and count else zeros
+    d_h, d_x = unwritten(h.shape) if need_h else None, zeros(x.shape).to(x.dtype) if need_x else None
+    d_weight, d_bias = unwritten(weight.shape) if need_weight else None, zeros(width) if need_bias else None
     exact = torch.float64 if host else acc
     # Of the residuals: summed over all rows, with the weight that an upstream gradient gives them, or over the columns.
-    squares = torch.zeros(level.shape, dtype=exact, device=x.device) if need_var or (want_terms and not keep) else None
+    squares: Any = None
+    if need_var or (want_terms and not keep):
+        squares = 0.0 if host and not by_column else torch.zeros(width if by_column else (), dtype=exact, device=x.device)
     of_rows = torch.zeros(count, dtype=exact, device=x.device) if want_terms and keep else None
 
-    def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-        """total += a b, or total = a b for the first."""
+    def add_product(total: Tensor, a: Tensor, b: Tensor, factor: Any, first: bool) -> None:
+        """total += factor * a b, without the factor if it is a tensor; total = ... for the first."""
+        gain = factor if type(factor) is float else 1.0
         if host and not first:
-            total += a @ b
+            total.add_(a @ b, alpha=gain)
         else:
-            _product(total, a, b, 0 if first else 1)
+            _product(total, a, b, 0 if first else 1, gain)
 
     for left in range(0, width, span):
         at = slice(left, min(left + span, width))
-        of_level = at if by_column else ...
         for first in range(0, batch, height):
             rows = slice(first, min(first + height, batch))
             shape = rows.stop - first, at.stop - left
@@ -802,24 +898,29 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
             for top in range(0, count, max(1, batch)):
                 here = slice(top + first, top + rows.stop)
                 d = memory[: math.prod(shape)].view(shape).copy_(x[rows, at])
-                _product(d, left_factor[here], right_factor[:, at], -1)
+                _product(d, left_factor[here], right_factor[:, at], -1, 1.0)
                 if wide_bias is not None:
                     d += wide_bias[at]
                 factor = d.to(slopes) if need_h or need_weight else d
                 if need_h:
-                    add_product(d_h[here], factor, rated_weight[at], left == 0)
+                    add_product(d_h[here], factor, rated_weight[at], h_factor, left == 0)
                 if need_weight:
-                    add_product(d_weight[at], factor.T, rated_h[here], top == first == 0)
+                    add_product(d_weight[at], factor.T, rated_h[here], weight_factor, top == first == 0)
                 # From here on nobody needs d itself.
                 rated = d * rate[here] if by_row and (need_x or need_bias or need_var) else d
                 if need_x:
-                    of_x.addcmul_(rated, each_rate[of_level], value=-1)
+                    if isinstance(each_rate, Tensor):
+                        of_x.addcmul_(rated, each_rate[at] if by_column else each_rate, value=-1)
+                    else:
+                        of_x.sub_(rated, alpha=each_rate)
                 if need_bias:
                     d_bias[at] += rated.sum(0)
-                if rated is not d and need_var:
-                    squares[of_level] += rated.mul_(d).sum(0 if by_column else None)
+                if squares is not None and by_column:
+                    squares[at] += (rated if need_var else d).mul_(d).sum(0)
+                elif rated is not d and need_var:
+                    squares += _sum(rated.mul_(d), None if host else (0, 1))
                 elif squares is not None:
-                    squares[of_level] += d.mul_(d).sum(0) if by_column else _sum_squares(d, None if host else (0, 1), host)
+                    squares += _sum_squares(d, None if host else (0, 1), host)
                 if of_rows is not None:
                     d = d.mul_(inverse[at].sqrt()) if by_column else d
                     of_rows[here] += _sum_squares(d, (1,), host)
@@ -828,33 +929,35 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
 
     sums: Any = None
     if want_terms:
-        constant = (level.to(exact) + (LOG_2PI if full else 0.0)).expand(width).sum()
+        each = (level.to(exact) if isinstance(level, Tensor) else level) + (LOG_2PI if full else 0.0)
+        constant = each.sum() if by_column else each * width
         if of_rows is not None:
             sums = of_rows * (1.0 if by_column else inverse) + constant
         else:
-            sums = (squares * inverse).sum() + count * constant
-        sums = (sums * (0.5 * scale)).to(acc)
-    if need_h:
-        d_h *= rate if by_column else inverse * rate
-    if need_weight:
-        d_weight *= each_rate.unsqueeze(1) if by_column else each_rate
+            squared = squares * inverse
+            sums = (squared.sum() if by_column else squared) + count * constant
+        sums = _tensor(sums * (0.5 * scale), acc)
+    if need_h and isinstance(h_factor, Tensor):
+        d_h *= h_factor
+    if need_weight and isinstance(weight_factor, Tensor):
+        d_weight *= weight_factor
     if need_bias:
         d_bias *= each_rate
     d_var = None
     if need_var:
         total = rate.sum() if by_row else count * rate
         d_var = 0.5 * (total * (1 if by_column else width) - squares * each_rate)
-        d_var = d_var.reshape(var.shape)
+        d_var = _tensor(d_var, acc).reshape(var.shape)
     grads = d_h, d_x, d_weight, d_bias, d_var
     return sums, tuple([None if g is None else g.to(t.dtype) for g, t in zip(grads, (h, x, weight, bias, var), strict=True)])
 
 
-def _product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta * total + a b."""
+def _product(total: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
+    """total = beta * total + alpha * a b."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=beta)
+        total.addmm_(a, b, beta=beta, alpha=alpha)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
 
 
 @contextlib.contextmanager
@@ -951,12 +1054,14 @@ def linear_elbo_backward(
     return d_x, d_mu, d_logvar, *d_layer, *d_prior
 
 
-def scale_gradients(grads: Grads, grad: Tensor | None) -> Grads:
+def scale_gradients(grads: Grads | _Slopes, grad: Tensor | None) -> Grads:
     """Multiply gradients that nobody has seen yet by the upstream gradient of their result, in place."""
     if grad is None:
-        return (None,) * len(grads)
+        return (None,) * len(grads.needs if isinstance(grads, _Slopes) else grads)
     if grad.ndim and not any(grad.stride()):
         grad = grad[(0,) * grad.ndim]  # one number for all rows, as sums and means send it
+    if isinstance(grads, _Slopes):
+        return grads.times(grad)
     # Reading a scalar is free on a CPU and would be a synchronisation anywhere else.
     if grad.ndim == 0 and grad.is_cpu and float(grad) == 1.0:
         return grads

@@ -206,31 +206,32 @@ def _noise(
 
 
 def _latent(
-    mu: Tensor, logvar: Tensor | None, prior_mu: Any, prior_logvar: Any, weight: Tensor | None, clamp: Any, reduction: str,
+    mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Tensor | None, clamp: Any, reduction: str,
     batch_dims: int, noise: tuple[Any, ...] | None, num_samples: int | None, want_kl: bool, impl: str | None,
-    packed: int | None = None,
+    moments: Tensor | None = None, dim: int = 0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """z (if `noise`, which is (eps, seed, generator), is given) and the KL (if wanted).
 
-    With `packed`, `mu` holds the moments and `logvar` is None.
+    mu and logvar may be the halves of `moments` along `dim`, which then gets one packed gradient.
     """
-    halves: tuple[Any, ...] = (mu, logvar) if packed is None else mu.chunk(2, packed)
-    keep = _check_rows(reduction, batch_dims, halves[0].ndim)
-    prior_mu = _check_prior("prior_mu", prior_mu, halves[0])
-    prior_logvar = _check_prior("prior_logvar", prior_logvar, halves[0])
-    _check_weight(weight, "mu", halves[0].shape, mu.device)
+    keep = _check_rows(reduction, batch_dims, mu.ndim)
+    prior_mu = _check_prior("prior_mu", prior_mu, mu)
+    prior_logvar = _check_prior("prior_logvar", prior_logvar, mu)
+    _check_weight(weight, "mu", mu.shape, mu.device)
     clamp = _check_clamp(clamp)
-    eps, seed = (None, None) if noise is None else _noise(halves[0], num_samples, *noise)
-    scale = _scale(reduction, batch_dims, halves[0].shape, weight, *halves, prior_mu, prior_logvar)
+    eps, seed = (None, None) if noise is None else _noise(mu, num_samples, *noise)
+    scale = _scale(reduction, batch_dims, mu.shape, weight, mu, logvar, prior_mu, prior_logvar)
     chosen = backend.choose(impl, mu.device, not mu.numel())
     if chosen is None:
-        normals = eps if seed is None else sample_noise(halves[0], seed, num_samples)
-        z = None if normals is None else reference.sample(halves[0], halves[1], normals, clamp)
-        kl = scale * reference.kl(halves[0], halves[1], prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
+        normals = eps if seed is None else sample_noise(mu, seed, num_samples)
+        z = None if normals is None else reference.sample(mu, logvar, normals, clamp)
+        kl = scale * reference.kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
         return z, kl
     traced = torch.compiler.is_compiling()
+    packed = None if moments is None else dim
     options = clamp, keep, 1.0 if traced else scale, num_samples, want_kl, packed, torch.is_grad_enabled(), chosen
-    z, kl = Latent.apply(mu, logvar, prior_mu, prior_logvar, weight, eps, seed, options)
+    posterior = (mu, logvar) if moments is None else (moments, None)
+    z, kl = Latent.apply(*posterior, prior_mu, prior_logvar, weight, eps, seed, options)
     return z, kl * scale if traced and want_kl else kl
 
 

@@ -215,6 +215,9 @@ def test_a_broken_gradient_is_caught(
     kernel: str, which: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
 ) -> None:
     def off(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(grads, eager._Slopes):
+            field = {1: "expm1", 3: "curve"}[which]
+            return grads._replace(**{field: getattr(grads, field) * (1 + 1e-3)})
         return tuple(g if g is None or i != which else g * (1 + 1e-3) for i, g in enumerate(grads))
 
     def breaks(function: str) -> None:

@@ -400,6 +400,10 @@ def kl(v: Values, impl: str) -> torch.Tensor:
     return rows(fastelbo.gaussian_kl(v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], impl=impl))
 
 
+def total_kl(v: Values, impl: str) -> torch.Tensor:
+    return fastelbo.gaussian_kl(v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], reduction="sum", impl=impl)
+
+
 LATENT = ("mu", "logvar", "prior_mu", "prior_logvar")
 NLL = ("recon", "x", "logvar")
 # The function of the backend; a call that runs it; the op's name in messages, and those of the gradients or values that it returns.
@@ -411,7 +415,8 @@ GRADIENTS: list[tuple[str, Callable[..., torch.Tensor], str, tuple[str, ...]]] =
     ("scale_gradients", whole, "elbo_loss", NAMES),
     # Where a backend chooses to write them early:
     ("nll_forward", nll, "gaussian_nll", NLL),
-    ("latent_forward", kl, "gaussian_kl", LATENT),
+    ("latent_forward", total_kl, "gaussian_kl", LATENT),
+    ("latent_forward", kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),  # what the gradients of rows are multiples of
     ("elbo_terms_forward", per_row, "elbo_loss", NAMES),
 ]
 VALUES: list[tuple[str, Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
