@@ -531,17 +531,15 @@ def exact_parts(
     memory for the results, which is used where there is much to do.
     """
     if logvar.dtype == torch.float32 and _readable(logvar):
-        wide = max(1, BLOCK * 5 // 16 // 16)
-        if logvar.numel() <= wide:
-            wide_expm1, wide_rest = _wide_parts(logvar, prior_logvar)
-            return wide_expm1.float(), wide_rest.float()
+        many = max(1, BLOCK // 60)
+        if logvar.numel() <= many:
+            return _wide_parts(logvar, prior_logvar, None, None)
         expm1 = torch.empty_like(logvar) if expm1 is None else expm1
         rest = torch.empty_like(logvar) if rest is None else rest
         tensors = logvar, prior_logvar, expm1, rest
-        blocks = _Blocks(logvar.shape, 0, wide, tensors)
-        for lv, prior_lv, *outs in zip(*(blocks.cut(blocks.see(t)) for t in tensors), strict=True):
-            for out, part in zip(outs, _wide_parts(lv, prior_lv), strict=True):
-                out.copy_(part)
+        blocks = _Blocks(logvar.shape, 0, many, tensors)
+        for pieces in zip(*(blocks.cut(blocks.see(t)) for t in tensors), strict=True):
+            _wide_parts(*pieces)
         return expm1, rest
     v = logvar if prior_logvar is None else logvar - prior_logvar
     series, near = _rest_over_square(v) * v * v, v.abs() < 1
@@ -555,18 +553,20 @@ def exact_parts(
     return torch.where(near, series + v, exp - 1.0), torch.where(near, series, exp - 1.0 - v)
 
 
-def _wide_parts(logvar: Tensor, prior_logvar: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of float32 tensors in float64, in scratch."""
-    v = _scratch(logvar, torch.float64, 4)
+def _wide_parts(
+    logvar: Tensor, prior_logvar: Tensor | None, of_expm1: Tensor | None, of_rest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`exact_parts` of float32 tensors by way of float64, in scratch."""
+    v, spare = _scratch(logvar, torch.float64, 4), _scratch(logvar, torch.float64, 5)
     v = logvar.double() if v is None else v.copy_(logvar)
     if prior_logvar is not None:
-        v.sub_(prior_logvar)
-    expm1 = torch.expm1(v, out=_scratch(logvar, torch.float64, 5))
-    rest = torch.sub(expm1, v, out=v)
-    if v.numel() and float(rest.min()) < 1e-16:
-        v = logvar.double() if prior_logvar is None else logvar.double().sub_(prior_logvar)
-        rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest)
-    return expm1, rest
+        v.sub_(prior_logvar if spare is None else spare.copy_(prior_logvar))
+    expm1 = torch.expm1(v, out=spare)
+    narrow = expm1.float() if of_expm1 is None else of_expm1.copy_(expm1)
+    rest = expm1.sub_(v)
+    if v.numel() and rest.min().item() < 1e-16:
+        rest = torch.where(rest < 1e-16, v.mul_(v).mul_(0.5), rest, out=v)
+    return narrow, rest.float() if of_rest is None else of_rest.copy_(rest)
 
 
 def _reaching(clamp: tuple[float, float] | None, logvar: Tensor) -> tuple[float, float] | None:
@@ -599,7 +599,7 @@ def _is_exact(total: Sums, count: int) -> bool:
 class _Slopes(NamedTuple):
     """What the gradients of a KL that is summed by rows are multiples of: their factors wait for the upstream gradient."""
 
-    pull: Tensor | None  # of mu and, with the opposite sign, of prior_mu
+    pull: Tensor | None  # of mu, or of prior_mu alone: the one is the negative of the other
     expm1: Tensor | None
     curve: Tensor | None
     scale: Factor
@@ -611,19 +611,19 @@ class _Slopes(NamedTuple):
         g_mu = g_logvar = g_prior_mu = g_prior_logvar = None
         some: Any = pull if pull is not None else expm1 if expm1 is not None else curve
         if grad.ndim:
-            grad = grad.reshape(grad.shape + (1,) * (some.ndim - grad.ndim))
-            rate = grad if type(scale) is float and scale == 1.0 else grad * scale
+            rate = grad.reshape(grad.shape + (1,) * (some.ndim - grad.ndim))
+            rate = rate if type(scale) is float and scale == 1.0 else rate * scale
         else:
             rate = _constant(grad.item() * scale, some.dtype)
-        half = rate * _constant(0.5, some.dtype)
         if need_logvar:
-            g_logvar = expm1.mul_(half)
+            g_logvar = expm1.mul_(rate * _constant(0.5, some.dtype))
         if need_prior_logvar:
-            g_prior_logvar = curve.mul_(-half)
-        if need_prior_mu:
-            g_prior_mu = torch.mul(pull, -rate, out=None if need_mu else pull)
+            g_prior_logvar = curve.mul_(rate * _constant(-0.5, some.dtype))
         if need_mu:
             g_mu = pull.mul_(rate)
+            g_prior_mu = torch.neg(g_mu) if need_prior_mu else None
+        elif need_prior_mu:
+            g_prior_mu = pull.mul_(rate)
         return g_mu, g_logvar, g_prior_mu, g_prior_logvar
 
 
@@ -632,15 +632,14 @@ def _slope(slope: Tensor, factor: Factor, out: Tensor | None, weight: Tensor | N
     if weight is not None and weight.dtype == slope.dtype and 4 * weight.numel() <= slope.numel():
         slope = torch.mul(slope, weight * factor, out=out)  # one pass instead of two
         return slope.masked_fill_(weight == 0, 0.0) if fill else slope
-    if out is not slope or type(factor) is not float or factor != 1.0:
-        slope = torch.mul(slope, _factor(factor, slope, host), out=out)
+    slope = _times(slope, factor, host) if out is slope else torch.mul(slope, _factor(factor, slope, host), out=out)
     return slope if weight is None else _weigh(slope, weight, fill)
 
 
 def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad_z, grad_z_eps, needs, want_terms, acc, out=None):
     """One pass: the scaled sums of the KL terms, and the gradients of `up * KL` plus those that reach mu and logvar through z.
 
-    With terms and without `up`, gradients lack their factors (and that of prior_mu is that of mu, whichever is asked for).
+    With terms and without `up`, gradients lack their factors.
     """
     need_mu, need_logvar, need_prior_mu, need_prior_logvar = needs
     clamp = _reaching(clamp, logvar)
@@ -670,7 +669,9 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             d = pull = _as(mu, acc)
             if prior_mu is not None:
                 of_d = of_prior_logvar if need_prior_logvar else of_prior_mu if need_prior_mu else _scratch(lv, acc, 2)
-                d = pull = torch.sub(d, _as(prior_mu, acc), out=of_d)
+                mu_first = need_mu or not need_prior_mu  # the sign of what comes first
+                d = torch.sub(d, _as(prior_mu, acc), out=of_d) if mu_first else torch.sub(_as(prior_mu, acc), d, out=of_d)
+                pull = d
             if prior_logvar is not None:
                 of_pull = of_prior_mu if need_prior_logvar else None  # unless d lies there
                 of_pull = of_mu if need_mu else of_pull if need_prior_mu else _scratch(lv, acc, 3)
@@ -699,8 +700,11 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                     g_prior_logvar = _slope(curve, 1.0 if bare else -0.5 * rate, curve, weight, fill, host)
                 if need_mu or need_prior_mu:
                     # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
-                    g_mu = _slope(pull, 1.0 if bare else rate, of_mu if pull is d else pull, weight, fill, host)
-                    g_prior_mu = g_mu if bare else torch.neg(g_mu, out=of_prior_mu) if need_prior_mu else None
+                    pulled = _slope(pull, 1.0 if bare else rate, of_mu if pull is d else pull, weight, fill, host)
+                    if need_mu:
+                        g_mu, g_prior_mu = pulled, torch.neg(pulled, out=of_prior_mu) if need_prior_mu else None
+                    else:
+                        g_prior_mu = pulled
                 if need_logvar:
                     g_logvar = _slope(expm1, 1.0 if bare else 0.5 * rate, expm1, weight, fill, host)
         if grad_z is not None:
@@ -710,19 +714,21 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                 std = torch.mul(lv, 0.5).exp_()
                 g_logvar = std.mul_(grad_z_eps).mul_(0.5) if g_logvar is None else g_logvar.addcmul_(std, grad_z_eps, value=0.5)
         if clamp is not None and g_logvar is not None:
-            g_logvar = g_logvar.masked_fill((wide < clamp[0]) | (wide > clamp[1]), 0.0)
+            g_logvar.masked_fill_((wide < clamp[0]) | (wide > clamp[1]), 0.0)
         return sums, (g_mu if need_mu else None, g_logvar, g_prior_mu if need_prior_mu else None, g_prior_logvar)
 
     inputs = mu, logvar, prior_mu, prior_logvar
     constants = _wide_weight(weight, acc), up if isinstance(up, Tensor) else None, grad_z, grad_z_eps
     buffers = None if out is None else (*out, None, None)
-    # What a block has beside its gradients takes two BLOCKs together: 5/16 of one are `exact_parts`'s, these share the rest.
-    temporaries = 1 + (not need_logvar) + 2 * (clamp is not None) + 2 * (grad_z is not None)
-    if prior_mu is not None and not (need_prior_mu or need_prior_logvar):
-        temporaries += 1
-    if prior_logvar is not None and not (need_mu or need_prior_mu):
-        temporaries += 1
-    size = max(1, BLOCK * 27 // 16 // acc.itemsize // temporaries)
+    size = BLOCK // 8
+    if mu.numel() > size:
+        # What a block has beside its gradients takes two BLOCKs together: these share 107/64, 17/60 are for `exact_parts`.
+        temporaries = 1 + (not need_logvar) + 2 * (clamp is not None) + 2 * (grad_z is not None)
+        if prior_mu is not None and not (need_prior_mu or need_prior_logvar):
+            temporaries += 1
+        if prior_logvar is not None and not (need_mu or need_prior_mu):
+            temporaries += 1
+        size = max(1, BLOCK * 107 // 64 // acc.itemsize // temporaries)
     sums, grads = _run(block, inputs, constants, needs, keep, size, acc, host, buffers)
     return None if sums is None else sums * (0.5 * scale), grads
 
