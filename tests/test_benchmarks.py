@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastelbo
 from benchmarks import __main__ as suite
 from benchmarks import measure, report
 from benchmarks.workloads import WORKLOADS, Draw, Workload
@@ -101,6 +102,20 @@ def test_elbo_takes_its_gradients_and_four_mebibytes(learned: bool) -> None:
         step = measure.Step(workload.inputs(Draw(CPU, torch.float32), **sizes))
         gradients = sum(t.numel() * t.element_size() for t in step.wanted)
         peak = measure.peak_memory(step, workload.fused, CPU)
+        assert gradients <= peak <= gradients + (4 << 20), (sizes, (peak - gradients) / 2**20)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("scale", [0.3, 1e-3])
+@pytest.mark.parametrize("learned", ["mu logvar", "mu logvar prior_mu prior_logvar", "prior_mu prior_logvar"])
+def test_a_kl_takes_its_gradients_and_four_mebibytes(learned: str, scale: float, reduction: str) -> None:
+    """Near the prior too, where float64 is needed, and in one block as well as in several."""
+    for sizes in ((8, 192, 570), (8, 300_000)):
+        draw = Draw(CPU, torch.float32)
+        inputs = {n: draw(*sizes, scale=scale, grad=n in learned.split()) for n in ("mu", "logvar", "prior_mu", "prior_logvar")}
+        step = measure.Step(inputs)
+        gradients = sum(t.numel() * t.element_size() for t in step.wanted)
+        peak = measure.peak_memory(step, lambda **t: fastelbo.gaussian_kl(**t, reduction=reduction).sum(), CPU)
         assert gradients <= peak <= gradients + (4 << 20), (sizes, (peak - gradients) / 2**20)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -187,6 +188,35 @@ def test_in_blocks(backend: Backend, layout: str, block: int, monkeypatch: pytes
             except (AssertionError, RuntimeError) as error:
                 failed.append(f"{name} {dtype} {options} weight={weight} {patterns}: {error}")
     assert not failed, f"{len(failed)} cases:\n" + "\n".join(failed)
+
+
+MOMENTS = ("mu", "logvar", "prior_mu", "prior_logvar")
+
+
+@pytest.mark.parametrize("priors", [(), ("prior_mu",), ("prior_logvar",), ("prior_mu", "prior_logvar")], ids="-".join)
+@pytest.mark.parametrize("block", [64, 1 << 21])
+@each_backend
+def test_every_subset_of_the_gradients_of_a_kl(
+    backend: Backend, block: int, priors: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a total, and of rows whose upstream gradients differ or are one number: each has its own way through."""
+    if backend.impl != "torch" and block == 64:
+        pytest.skip("blocks are the plain-PyTorch backend's")
+    monkeypatch.setattr(eager, "BLOCK", block)
+    g = torch.Generator().manual_seed(6)
+    names = ["mu", "logvar", *priors]
+    tensors = {n: draw(n, (2, 3, 4, 5), g).float() for n in names} | {"weight": draw("weight", (2, 3, 1, 5), g).float()}
+    subsets = [s for n in range(1, len(names) + 1) for s in itertools.combinations(names, n)]
+    settings = itertools.cycle(({}, {"batch_dims": 2}, {"reduction": "batchmean"}))
+
+    def loss(kl: Any, v: Any, mean: bool, weighed: bool, **options: Any) -> Any:
+        out = kl(*(v.get(n) for n in MOMENTS), weight=v["weight"] if weighed else None, **options)
+        return out.mean() if mean else out
+
+    for subset, mean, weighed in itertools.product(subsets, (False, True), (False, True)):
+        options = {"mean": mean, "weighed": weighed} | next(settings)
+        fast = functools.partial(loss, fastelbo.gaussian_kl, impl=backend.impl, **options)
+        check(fast, functools.partial(loss, slow_kl, **options), tensors, backend, wanted=subset)
 
 
 @pytest.mark.parametrize("form", ["logvar", "std", "var"])
