@@ -412,6 +412,8 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
                     slope /= std if kind == "std" else variance
                     fill = True  # of a variance that is next to 0 the terms may be finite
                 g_var = _times(_weigh(slope, weight, fill), rate if kind == "std" else rate * 0.5, host)
+            if var.shape != d.shape:
+                g_var = g_var.sum_to_size(var.shape)  # before other gradients, so that Inductor may write one of them over d
         if need_recon or need_x:
             ratio = _weigh(ratio, weight, fill)
             rate = rate * (2 * factor) if fixed else rate
