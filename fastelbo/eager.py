@@ -276,10 +276,6 @@ def _factor(value: Factor, like: Tensor, host: bool) -> Factor:
     return _constant(value, like.dtype) if host and type(value) is float else value
 
 
-def _scaled(sums: Sums, factor: Factor) -> Sums:
-    return sums * factor
-
-
 def _number(value: Factor) -> Factor:
     """A factor as a number, where reading it is free."""
     return float(value) if isinstance(value, Tensor) and _readable(value) else value
@@ -353,6 +349,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
     if fixed:
         factor, constant = 0.5 * _exp(-var), constant + 0.5 * var
     need_recon, need_x, need_var = needs
+    traced = not host and torch.compiler.is_compiling()
 
     def block(recon, x, var, weight, factors, outs, dims):
         of_recon, of_x, of_var = outs
@@ -369,7 +366,9 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
             d = torch.sub(recon, x, out=of_var if need_var else _scratch(recon, acc, 0))
             if kind == "logvar":
                 level = _as(var, acc)
-                if level.shape == d.shape:
+                if traced:
+                    ratio = d * torch.exp(-level)  # what is one pass anyway takes no division
+                elif level.shape == d.shape:
                     ratio = torch.exp(level, out=of_recon if need_recon else _scratch(recon, acc, 1))
                     ratio = torch.div(d, ratio, out=ratio)
                 else:
@@ -430,7 +429,7 @@ def _nll(recon, x, var, weight, kind, full, eps, keep, scale, up, needs, want_te
         size = recon.numel()  # not a block and a bit: a pass of its own costs more than is gained
     sums, grads = _run(block, inputs, constants, needs, keep, size, acc, host)
     # Without weights, terms lack the factor.
-    return None if sums is None else _scaled(sums, scale if fixed or weight is not None else factor * scale), grads
+    return None if sums is None else sums * (scale if fixed or weight is not None else factor * scale), grads
 
 
 def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_terms, acc, host) -> tuple[Sums | None, Grads]:
@@ -472,7 +471,7 @@ def _squares(recon, x, learned, factor, shift, keep, scale, up, needs, want_term
     sums, grads = _run(block, inputs, (up if isinstance(up, Tensor) else None,), needs, keep, size, acc, host)
     if need_var:
         grads = (*grads[:2], grads[2].reshape(learned.shape))
-    return None if sums is None else _scaled(sums, factor * scale), grads
+    return None if sums is None else sums * (factor * scale), grads
 
 
 def _exp(value: float) -> float:
@@ -677,8 +676,11 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
             if prior_logvar is not None:
                 of_pull = of_prior_mu if need_prior_logvar else None  # unless d lies there
                 of_pull = of_mu if need_mu else of_pull if need_prior_mu else _scratch(lv, acc, 3)
-                pull = torch.exp(prior_logvar, out=of_pull)
-                pull = torch.div(d, pull, out=pull)
+                if traced:
+                    pull = d * torch.exp(-prior_logvar)  # what is one pass anyway takes no division
+                else:
+                    pull = torch.exp(prior_logvar, out=of_pull)
+                    pull = torch.div(d, pull, out=pull)
             # In float32 e^v - 1 - v is good enough for sums, unless the posterior lies near its prior, which they show themselves
             # (of rows that are very short one always does), and rounding v = logvar - prior_logvar moves e^v by up to v / 2 ulp.
             near = quick and (prior_logvar is None or _greatest(v, weight) <= 4.0)
