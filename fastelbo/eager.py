@@ -704,7 +704,8 @@ def _kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep, scale, up, grad
                     g_prior_logvar = _slope(curve, 1.0 if bare else -0.5 * rate, curve, weight, fill, host)
                 if need_mu or need_prior_mu:
                     # Divided by a prior's variance it lies in memory of its own, otherwise in an input or in scratch.
-                    pulled = _slope(pull, 1.0 if bare else rate, of_mu if pull is d else pull, weight, fill, host)
+                    of_pulled = of_mu if pull is d and need_mu else pull
+                    pulled = _slope(pull, 1.0 if bare else rate, of_pulled, weight, fill, host)
                     if need_mu:
                         g_mu, g_prior_mu = pulled, torch.neg(pulled, out=of_prior_mu) if need_prior_mu else None
                     else:
@@ -745,7 +746,8 @@ def latent_forward(
     ready: Grads | _Slopes | None = None
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     sampled = eps is not None or seed is not None
-    clamp = _reaching(clamp, logvar)
+    if sampled:
+        clamp = _reaching(clamp, logvar)
     if want_kl:
         prior, scale = (prior_mu, prior_logvar), _number(scale)
         early = not sampled and _early((mu, logvar, *prior), needs, mu.shape, keep, acc)
@@ -847,6 +849,11 @@ def _multiplies_halves(x: Tensor) -> bool:
     return x.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
+def _in_range(factor: Factor, acc: torch.dtype) -> Factor:
+    """A factor that products take as a number; beyond acc, where they would raise or make NaN of it, a tensor."""
+    return factor if isinstance(factor, Tensor) or abs(factor) <= _MAX[acc] else _tensor(factor, acc)
+
+
 def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_terms, acc) -> tuple[Tensor | None, Grads]:
     """Tile by tile of recon = h weight^T + bias: the scaled sums of the terms, and `up` times the gradients.
 
@@ -868,9 +875,9 @@ def _linear_nll(h, x, weight, bias, var, full, keep, scale, up, needs, want_term
     by_column = isinstance(level, Tensor) and level.ndim == 1
     rate: Any = 1.0 if up is None else up
     by_row = isinstance(rate, Tensor) and rate.ndim > 0  # it is (N, 1)
-    each_rate = inverse if by_row else inverse * rate
+    each_rate: Any = _in_range(inverse if by_row else inverse * rate, acc)
     # What is left of a gradient's factors: where it is a number, products are scaled as they are made.
-    h_factor = rate if by_column else inverse * rate
+    h_factor = _in_range(rate if by_column else inverse * rate, acc)
     weight_factor = each_rate.unsqueeze(1) if by_column else each_rate
     rated_h = (h * rate).to(slopes) if by_row and need_weight else h.to(slopes)
     rated_weight = (weight * inverse.unsqueeze(1)).to(slopes) if by_column and need_h else weight.to(slopes)

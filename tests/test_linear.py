@@ -474,3 +474,17 @@ def test_errors_of_the_hidden_layer() -> None:
         fastelbo.linear_gaussian_nll(v["mu"][:5], v["weight"], v["x"])
     with pytest.raises(ValueError, match="logvar has shape"):
         fastelbo.linear_gaussian_nll(v["mu"], v["weight"], v["x"], logvar=torch.zeros(7, 30))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("logvar", [-89.0, -800.0, -math.inf])
+def test_a_variance_beyond_float32_gives_infinite_gradients(logvar: float, reduction: str) -> None:
+    """And raises nothing, as a number that scales a product would."""
+    g = torch.Generator().manual_seed(0)
+    h, weight, x, bias = (torch.randn(s, generator=g) for s in ((6, 4), (5, 4), (6, 5), (5,)))
+    for value in (logvar, torch.tensor([logvar])):
+        inputs = [t.clone().requires_grad_() for t in (h, weight, x, bias)]
+        loss = fastelbo.linear_gaussian_nll(*inputs, logvar=value, reduction=reduction, impl="torch").sum()
+        grads = torch.autograd.grad(loss, inputs)
+        assert loss.item() == math.inf or logvar == -math.inf
+        assert all(bool(t.isinf().all()) for t in grads), (value, [t.isinf().float().mean() for t in grads])
