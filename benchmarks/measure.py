@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +123,33 @@ class Clock:
         return begin.elapsed_time(halfway) / 1e3, begin.elapsed_time(end) / 1e3, host
 
 
+def orders(peers: Sequence[str]) -> Iterator[list[str]]:
+    """Rounds without end. In as many as twice the peers each peer follows each of the others equally often: Williams 1949,
+    "Experimental designs balanced for the estimation of residual effects of treatments".
+    """
+    shuffle, n = random.Random(0).shuffle, len(peers)
+    steps = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]  # 0, 1, -1, 2, -2, ...
+    rows = [[peers[(start + step) % n] for step in steps] for start in range(n)]
+    rows += [row[::-1] for row in rows]
+    while True:
+        shuffle(rows)
+        yield from rows
+
+
 def rounds(
     clock: Clock, losses: dict[str, Callable[..., Result]], least: int, seconds: float
 ) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Samples of every peer from the same rounds, in random order: in a fixed one, whoever follows the peer that makes the
-    allocator give pages back always pays for it. At least `least` rounds, and more until `seconds` are spent.
+    """Samples of every peer from the same rounds. Whoever follows a peer that leaves the caches cold, or makes the allocator give
+    pages back, pays for it, so all follow all others equally often. At least `least` rounds, and more until `seconds` are spent.
     """
-    order = random.Random(0)
     for loss in losses.values():
         for _ in range(max(3, len(clock.steps))):
             clock(loss)
     samples: dict[str, list[tuple[float, float, float | None]]] = {p: [] for p in losses}
+    schedule = orders(list(losses))
     start = time.perf_counter()
     while len(samples["eager"]) < least or (time.perf_counter() - start < seconds and len(samples["eager"]) < 200):
-        for peer in order.sample(list(losses), len(losses)):
+        for peer in next(schedule):
             samples[peer].append(clock(losses[peer]))
     return samples
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import re
 from pathlib import Path
@@ -117,6 +119,18 @@ def test_a_kl_takes_its_gradients_and_four_mebibytes(learned: str, scale: float,
         gradients = sum(t.numel() * t.element_size() for t in step.wanted)
         peak = measure.peak_memory(step, lambda **t: fastelbo.gaussian_kl(**t, reduction=reduction).sum(), CPU)
         assert gradients <= peak <= gradients + (4 << 20), (sizes, (peak - gradients) / 2**20)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_every_peer_follows_every_other_equally_often(n: int) -> None:
+    peers = [str(i) for i in range(n)]
+    schedule = measure.orders(peers)
+    for _ in range(3):
+        rows = [next(schedule) for _ in range(2 * n)]
+        assert all(sorted(row) == peers for row in rows)
+        follows = collections.Counter(pair for row in rows for pair in itertools.pairwise(row))
+        assert set(follows) == {(a, b) for a in peers for b in peers if a != b}
+        assert set(follows.values()) == {2}
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------------------
