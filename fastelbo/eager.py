@@ -746,8 +746,6 @@ def latent_forward(
     ready: Grads | _Slopes | None = None
     acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
     sampled = eps is not None or seed is not None
-    if sampled:
-        clamp = _reaching(clamp, logvar)
     if want_kl:
         prior, scale = (prior_mu, prior_logvar), _number(scale)
         early = not sampled and _early((mu, logvar, *prior), needs, mu.shape, keep, acc)

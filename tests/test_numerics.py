@@ -321,3 +321,17 @@ def test_runs_are_reproducible(backend: Backend) -> None:
         for _ in range(5)
     }
     assert len(losses) == 1
+
+
+@each_backend
+def test_how_small_a_variance_may_be(backend: Backend) -> None:
+    """Of a residual of exactly 0, which 0 * inf would make NaN of: as docs/numerics.md has it."""
+
+    def both(zeros: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nll = fastelbo.gaussian_nll(zeros, zeros, logvar=level, full=False, impl=backend.impl)
+        return nll, fastelbo.gaussian_kl(zeros, level, zeros, level, impl=backend.impl)
+
+    traced = torch.compile(both, backend="aot_eager")
+    for fn, least in [(both, -103.0), (traced, -88.0)] if backend.impl == "torch" else [(both, -88.0)]:
+        nll, kl = fn(torch.zeros(1, 4, device=backend.device), torch.full((1, 4), least, device=backend.device))
+        assert (nll.item(), kl.item()) == (2 * least, 0.0)
