@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if os.environ.pop("TRITON_INTERPRET", None):
     # Triton reads it at its first import, and an interpreted kernel has nothing to compile.
@@ -36,9 +38,9 @@ except ImportError as error:
     raise SystemExit(f"benchmarks.codegen needs Triton 3.6 or newer, found {triton.__version__}") from error
 
 import fastelbo
-from fastelbo import backend
+from fastelbo import backend, kernels
 from fastelbo.kernels import launch as launch_module
-from fastelbo.kernels import linear_elbo
+from fastelbo.specs import KL, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs
 
 # Bytes of shared memory of a program on the least of its architecture (of CUDA: 8.6, 8.9 and 12).
 SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
@@ -141,24 +143,27 @@ def linear_cases(widths: list[int]) -> Iterator[tuple[str, bool, Callable[[], An
 
     def of_layer(dtype: torch.dtype, width: int, precision: str | None, samples: int = 1, gradients: bool = True) -> Any:
         """A backward with an upstream gradient for each row; without gradients, a forward."""
-        x, weight, bias, var = layer(dtype, width)
+        x, weight, bias, variance = layer(dtype, width)
         h = torch.zeros(samples * batch, width, dtype=dtype)
         if not gradients:
-            return linear_elbo.linear_nll_forward(h, x, weight, bias, 0.0, True, 0, 1.0, precision, (False,) * 5)
+            spec = Linear(Likelihood(), precision)
+            return kernels.linear_nll.forward(LinearInputs(h, x, weight, bias, None), spec, (False,) * 5)
         needs = samples == 1, True, True, True, True  # of several samples only the gradients that are summed over them
-        return linear_elbo.linear_nll_backward(h, x, weight, bias, var, 1, 1.0, torch.ones(len(h)), precision, needs)
+        inputs, spec = LinearInputs(h, x, weight, bias, variance), Linear(Likelihood(keep=1), precision)
+        return kernels.linear_nll.backward(inputs, spec, (torch.ones(len(h)),), needs, None)
 
     def elbo(dtype: torch.dtype, width: int, precision: str | None, prior: bool = True, keep: int = 0, given: bool = False) -> Any:
         """A forward with gradients, or where these are recomputed, a backward."""
-        x, weight, bias, var = layer(dtype, width)
+        x, weight, bias, variance = layer(dtype, width)
         mu = torch.zeros(batch, width, dtype=dtype)
         noise = (mu, None) if given else (None, torch.zeros((), dtype=torch.int64))
-        inputs = x, mu, mu, weight, bias, var, *((mu, mu) if prior else (None, None)), *noise, None
+        inputs = LinearElboInputs(x, mu, mu, weight, bias, variance, *((mu, mu) if prior else (None, None)), *noise)
+        spec = LinearElbo(Linear(Likelihood(keep), precision), KL(keep))
         needs = False, True, True, True, True, True, prior, prior
         if keep or dtype == f16:
-            grad = torch.ones(batch) if keep else torch.ones(())
-            return linear_elbo.linear_elbo_backward(*inputs, keep, 1.0, 1.0, 1.0, grad, precision, needs)
-        return linear_elbo.linear_elbo_forward(*inputs, True, 0, 1.0, 1.0, 1.0, precision, needs)
+            grad_loss = torch.ones(batch) if keep else torch.ones(())
+            return kernels.linear_elbo.backward(inputs, spec, (grad_loss,), needs, None)
+        return kernels.linear_elbo.forward(inputs, spec, needs)
 
     kinds = (bf16, None), (f32, "tf32"), (f32, "tf32x3"), (f32, "ieee")
     for width in widths:
@@ -185,14 +190,15 @@ def linear_cases(widths: list[int]) -> Iterator[tuple[str, bool, Callable[[], An
 def launches(call: Callable[[], Any], target: str = "cuda") -> list[tuple[Any, tuple[Any, ...], dict[str, int] | None]]:
     """What a call would launch on one of Triton's backends: (kernel, arguments, compiler options of its own)."""
     found: list[tuple[Any, tuple[Any, ...], dict[str, int] | None]] = []
-    start, here, choose = launch_module.start, launch_module.backend, backend.choose
-    launch_module.start = lambda kernel, programs, args, tuned=None: found.append((kernel, args, tuned))
-    launch_module.backend = lambda: target
-    backend.choose = lambda impl, device, empty=False: backend.kernels()  # type: ignore[assignment]
-    try:
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (launch_module, "start", lambda kernel, programs, args, tuned=None: found.append((kernel, args, tuned))),
+            (launch_module, "backend", lambda: target),
+            # Beneath `choose` and `choose_linear`, so that what the kernels cannot serve goes elsewhere here too.
+            (backend, "_pick", lambda impl, device, empty: backend.triton_backend()),
+        ):
+            stack.enter_context(patch.object(owner, name, stand_in))
         call()
-    finally:
-        launch_module.start, launch_module.backend, backend.choose = start, here, choose
     return found
 
 
@@ -204,7 +210,9 @@ def source(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
 
     def visit(path: tuple[int, ...], value: Any, kind: Any, key: Any) -> Any:
         if isinstance(kind, tuple):
-            return tuple(visit((*path, i), v, k, s) for i, (v, k, s) in enumerate(zip(value, kind, key, strict=True)))
+            inner = [visit((*path, i), v, k, s) for i, (v, k, s) in enumerate(zip(value, kind, key, strict=True))]
+            # A record keeps the names of its fields.
+            return type(kind)._make(inner) if hasattr(kind, "_fields") else tuple(inner)
         if kind == "constexpr":
             constants[path] = value
         elif key == "D":

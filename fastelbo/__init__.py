@@ -1,6 +1,5 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
-from .compare import compare
 from .distributions import DiagonalGaussian
 from .estimators import sgvb_loss
 from .functional import (
@@ -15,7 +14,8 @@ from .functional import (
 )
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
-from .verify import NumericsMismatch, verify
+from .numerics.compare import compare
+from .numerics.verify import NumericsMismatch, verify
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ import torch
 
 import fastelbo
 
-from . import backend, eager
+from . import backend
 
 DEMO_NEEDS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 TABLE_WIDTH = 100
@@ -105,7 +105,8 @@ def run_compare(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from .compare import load, plan, plot, run
+    from .numerics.compare import load, plan, run
+    from .numerics.report import plot
 
     try:
         for path in filter(None, (args.json, args.plot)):
@@ -237,7 +238,7 @@ def backends() -> list[dict[str, str]]:
     def add(calls: str, served: str, why: str) -> None:
         rows.append({"calls": calls, "backend": served, "why": why})
 
-    default = backend._DEFAULT
+    default = backend.DEFAULT
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         served, problem = chosen(None, device)
         add(f"{device} tensors", served, problem or because(served, device))
@@ -271,11 +272,11 @@ def chosen(impl: str | None, device: str) -> tuple[str, str]:
         module = backend.choose(impl, torch.device(device))
     except Exception as error:  # a broken triton raises what it likes, and finding that out is what this command is for
         return "none", str(error) or type(error).__name__
-    return ("reference" if module is None else "torch" if module is eager else "triton"), ""
+    return ("reference" if module is None else "torch" if module is backend.EAGER else "triton"), ""
 
 
 def because(served: str, device: str) -> str:
-    if backend._DEFAULT != "auto":
+    if backend.DEFAULT != "auto":
         return "forced by FASTELBO_IMPL"
     if served == "triton":
         return "GPU tensors, and triton is installed"

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import fastelbo
 
-from . import backend, eager
+from . import backend
 
 TOLERANCE = 1e-5
 HELD_OUT = 360
@@ -213,7 +213,7 @@ def train(epochs: int, seed: int, device: torch.device, console: Console) -> tup
     optimizers = [torch.optim.Adam(model.parameters(), lr=LEARNING_RATE) for model, _ in runs]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs) for o in optimizers]
 
-    served = {eager: "plain PyTorch", None: "reference"}.get(backend.choose(None, device), "Triton")
+    served = {backend.EAGER: "plain PyTorch", None: "reference"}.get(backend.choose(None, device), "Triton")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     result = Result(name, served, seed, torch.get_num_threads(), len(data.train))
     rows = {round(epochs * k / 10) for k in range(1, 11)} | {1}

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .functional import _check_clamp, _check_pair, _check_tensor, _latent, gaussian_nll
+from . import checks
+from .arguments import draw
+from .functional import gaussian_nll, kl_of, posterior, reparameterised
+from .specs import Latent
 from .tracing import one_node
 
-_node = one_node(_latent)
+
+@one_node
+def of_posterior(
+    q: tuple[Any, ...], prior: tuple[Any, Any], noise: tuple[Any, ...] | None, num_samples: int | None, kl: tuple[Any, ...] | None
+) -> tuple[Any, Any]:
+    """(z or None, kl or None).
+
+    q: (mu, logvar, logvar_clamp, impl, moments, dim), moments being None or what mu and logvar are the halves of.
+    noise: (eps, seed, generator), or None for no sample.
+    kl: (weight, reduction, batch_dims), or None for no KL.
+    """
+    mu, logvar, clamp, impl, moments, dim = q
+    weight, reduction, batch_dims = kl or (None, "none", 0)
+    inputs = posterior(mu, logvar, *prior, weight)
+    spec = Latent(kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
+    if noise is not None:
+        eps, seed = draw(mu, num_samples, *noise)
+        inputs = inputs._replace(eps=eps, seed=seed)
+    return reparameterised(inputs, spec, impl, None if moments is None else (moments, dim))
 
 
 class DiagonalGaussian:
@@ -25,12 +48,12 @@ class DiagonalGaussian:
     """
 
     def __init__(self, mu: Tensor, logvar: Tensor, *, logvar_clamp: tuple[float, float] | None = None, impl: str | None = None):
-        _check_pair("mu", mu, "logvar", logvar)
+        checks.pair("mu", mu, "logvar", logvar)
         self.mu = mu
         self._logvar = logvar
-        self._clamp = _check_clamp(logvar_clamp)
+        self._clamp = checks.clamp(logvar_clamp)
         self._impl = impl
-        self._moments: tuple[Tensor, int] | tuple[()] = ()
+        self._moments: tuple[Tensor, int] | None = None
 
     @classmethod
     def from_moments(
@@ -41,7 +64,7 @@ class DiagonalGaussian:
         Raises:
             TypeError, ValueError: `moments` is not a floating tensor, or its size along `dim` is odd.
         """
-        _check_tensor("moments", moments)
+        checks.tensor("moments", moments)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim must be an int, got {type(dim).__name__}")
         if not -moments.ndim <= dim < moments.ndim:
@@ -71,14 +94,17 @@ class DiagonalGaussian:
     def mode(self) -> Tensor:
         return self.mu
 
-    def _fused(self, noise, num_samples, other, weight, reduction, batch_dims, want_kl):  # type: ignore[no-untyped-def]
+    def _of(
+        self,
+        other: DiagonalGaussian | None,
+        noise: tuple[Any, ...] | None = None,
+        num_samples: int | None = None,
+        kl: tuple[Any, ...] | None = None,
+    ) -> tuple[Any, Any]:
         if other is not None and not isinstance(other, DiagonalGaussian):
             raise TypeError(f"other must be a DiagonalGaussian or None, got {type(other).__name__}")
-        prior_mu, prior_logvar = (None, None) if other is None else (other.mu, other.logvar)
-        return _node(
-            self.mu, self._logvar, prior_mu, prior_logvar, weight, self._clamp, reduction, batch_dims, noise, num_samples, want_kl,
-            self._impl, *self._moments,
-        )  # fmt: skip
+        q = self.mu, self._logvar, self._clamp, self._impl, *(self._moments or (None, 0))
+        return of_posterior(q, (None, None) if other is None else (other.mu, other.logvar), noise, num_samples, kl)
 
     def rsample(
         self,
@@ -89,7 +115,7 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """A differentiable sample, as `fastelbo.reparameterize`."""
-        return self._fused((eps, seed, generator), num_samples, None, None, "none", 0, False)[0]
+        return self._of(None, (eps, seed, generator), num_samples)[0]
 
     def sample(
         self,
@@ -115,7 +141,7 @@ class DiagonalGaussian:
         batch_dims: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """A sample and the KL to `other` (or N(0, I)) in one pass, as `fastelbo.reparameterize_kl`."""
-        return self._fused((eps, seed, generator), num_samples, other, weight, reduction, batch_dims, True)
+        return self._of(other, (eps, seed, generator), num_samples, (weight, reduction, batch_dims))
 
     def kl(
         self,
@@ -126,7 +152,7 @@ class DiagonalGaussian:
         batch_dims: int = 1,
     ) -> Tensor:
         """KL to `other` (or N(0, I)) in nats, as `fastelbo.gaussian_kl`: `(batch,)` by default, at any rank."""
-        return self._fused(None, None, other, weight, reduction, batch_dims, True)[1]
+        return self._of(other, kl=(weight, reduction, batch_dims))[1]
 
     def nll(
         self, x: Tensor, *, full: bool = True, weight: Tensor | None = None, reduction: str = "none", batch_dims: int = 1

@@ -7,15 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .functional import (
-    _REDUCTIONS,
-    _check_samples,
-    _check_scalar,
-    _check_tensor,
-    _check_weight,
-    gaussian_nll,
-    reparameterize_kl,
-)
+from . import checks
+from .arguments import as_factor
+from .dtypes import accumulate_dtype
+from .functional import gaussian_nll, reparameterize_kl
 
 
 def sgvb_loss(
@@ -60,19 +55,18 @@ def sgvb_loss(
     Raises:
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
-    _check_tensor("x", x)
-    beta = _check_scalar("beta", beta, x.device)
-    _check_samples(num_samples)
+    checks.tensor("x", x)
+    checks.factor("beta", beta, x.device)
+    checks.samples(num_samples)
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     if eps is not None:
-        _check_tensor("eps", eps, x.device)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-    _check_tensor("mu", mu, x.device)
+        checks.tensor("eps", eps, x.device)
+    checks.reduction(reduction)
+    checks.tensor("mu", mu, x.device)
     if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
-    _check_weight(weight, "x", x.shape, x.device)
+    checks.weight(weight, "x", x.shape, x.device)
     if num_samples == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:
@@ -90,7 +84,7 @@ def sgvb_loss(
         recon, recon_logvar = out
     else:
         recon = out
-    _check_tensor("decoder(z)", recon, x.device)
+    checks.tensor("decoder(z)", recon, x.device)
     expected = (num_samples * x.shape[0], *x.shape[1:])
     if tuple(recon.shape) != expected:
         raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
@@ -106,5 +100,5 @@ def sgvb_loss(
         nll = nll.mean(0)
     elif reduction == "sum":
         nll = nll / num_samples
-    loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
+    loss = nll + as_factor(beta, accumulate_dtype(nll, kl), x.device) * kl
     return (loss, nll.detach(), kl.detach()) if return_terms else loss

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, choose the noise and the backend, call autograd, reduce.
+"""The public functions: check the arguments, make the records, call autograd.
 
 Conventions of every function here. Tensors are `(batch, ...)` of any rank. Losses are in nats, in float32 (float64 if any input
 is). Half precision is widened before any arithmetic. No input is written to. Gradients have their input's dtype and shape.
@@ -7,232 +7,50 @@ is). Half precision is widened before any arithmetic. No input is written to. Gr
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backend, reference
-from .autograd import ELBO, ELBOTerms, GaussianNLL, Latent
-from .noise import check_seed, draw_seed, sample_noise
-from .tracing import FLOAT, INT, NUMBER, one_node
-
-Scalar = float | Tensor
-
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_REDUCTIONS = ("none", "batchmean", "sum", "mean")
+from . import autograd, backend, checks
+from .arguments import as_factor, as_prior, as_variance, draw, scale_of, symbolic
+from .dtypes import accumulate_dtype, on_host
+from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
+from .tracing import FLOAT, one_node
 
 
-# ---- checks: each names the argument, what it was and what was expected ---------------------------------------------------------
-
-
-def _shape(t: Tensor) -> str:
-    return str(tuple(t.shape))
-
-
-def _check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-    if device is not None and t.device != device:
-        raise ValueError(f"{name} is on {t.device}, but the first argument is on {device}: all tensors must share a device")
-
-
-def _check_pair(name_a: str, a: Any, name_b: str, b: Any, device: torch.device | None = None) -> None:
-    _check_tensor(name_a, a, device)
-    _check_tensor(name_b, b, a.device)
-    if a.shape != b.shape:
-        raise ValueError(f"{name_b} has shape {_shape(b)}, but {name_a} has shape {_shape(a)}: they must be equal")
-
-
-def _check_broadcast(name: str, t: Tensor, to: str, shape: torch.Size) -> None:
-    if t.shape == shape:
-        return
-    lead = len(shape) - t.ndim
-    if lead < 0 or any(n not in (1, m) for n, m in zip(t.shape, shape[lead:], strict=True)):
-        raise ValueError(f"{name} has shape {_shape(t)}, which does not broadcast to the shape {tuple(shape)} of {to}")
-
-
-def _check_rows(reduction: str, batch_dims: int, ndim: int) -> int:
-    """Check reduction and batch_dims; return how many leading dimensions the sum keeps."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-    if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
-        raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
-    if not 0 <= batch_dims <= ndim:
-        raise ValueError(f"batch_dims must be between 0 and the number of dimensions, {ndim}, got {batch_dims}")
-    return batch_dims if reduction == "none" else 0
-
-
-def _check_weight(weight: Any, to: str, shape: torch.Size, device: torch.device) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor or None, got {type(weight).__name__}")
-    if weight.dtype == torch.bool:
-        if weight.device != device:
-            raise ValueError(
-                f"weight is on {weight.device}, but the first argument is on {device}: all tensors must share a device"
-            )
+def reparameterised(
+    inputs: LatentInputs, spec: Latent, impl: str | None, packed: tuple[Tensor, int] | None = None
+) -> tuple[Any, Any]:
+    """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and logvar are the halves of moments."""
+    chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
+    traced = torch.compiler.is_compiling()
+    scale = spec.kl.scale
+    if traced:
+        spec = spec._replace(kl=spec.kl._replace(scale=1.0))
+    if packed is None or chosen is None:
+        z, kl = autograd.call(autograd.Latent, chosen, spec, inputs)
     else:
-        _check_tensor("weight", weight, device)
-    if weight.requires_grad:
-        raise ValueError("weight requires grad, but is a constant here: detach it, or weigh the result of reduction='none'")
-    _check_broadcast("weight", weight, to, shape)
+        z, kl = autograd.call_packed(chosen, spec, packed[1], packed[0], inputs)
+    return z, kl * scale if traced and spec.want_kl else kl
 
 
-def _check_scalar(name: str, value: Any, device: torch.device) -> Scalar:
-    """A run-time factor: a number, or a 0-d tensor on the inputs' device or the CPU, which gets no gradient."""
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or value.is_complex():
-            raise ValueError(f"{name} must be a number or a 0-d real tensor, got shape {_shape(value)} of {value.dtype}")
-        if value.requires_grad:
-            raise ValueError(f"{name} requires grad, but is a constant here: detach it, or combine the terms of elbo_terms")
-        if value.device == device:
-            return value
-        if value.device.type == "cpu":
-            return value if torch.compiler.is_compiling() else float(value)
-        raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: it must be there or on the CPU")
-    if isinstance(value, bool) or not isinstance(value, NUMBER):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    return value
+def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any) -> LatentInputs:
+    """Check what a KL takes, and return it without noise."""
+    checks.prior("prior_mu", prior_mu, mu)
+    checks.prior("prior_logvar", prior_logvar, mu)
+    checks.weight(weight, "mu", mu.shape, mu.device)
+    return LatentInputs(mu, logvar, as_prior(prior_mu, mu), as_prior(prior_logvar, mu), weight)
 
 
-def _check_clamp(clamp: Any) -> tuple[float, float] | None:
-    if clamp is None:
-        return None
-    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
-        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
-    lo, hi = clamp
-    if any(isinstance(c, bool) or not isinstance(c, NUMBER) for c in (lo, hi)):
-        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {clamp!r}")
-    lo, hi = float(lo), float(hi)
-    if not lo <= hi:
-        raise ValueError(f"logvar_clamp must be (lo, hi) with lo <= hi, got ({lo}, {hi})")
-    return lo, hi
-
-
-def _check_prior(name: str, prior: Any, mu: Tensor) -> Tensor | None:
-    """A prior parameter as a tensor of mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
-    if prior is None:
-        return None
-    if isinstance(prior, NUMBER) and not isinstance(prior, bool):
-        if torch.compiler.is_compiling():
-            return _symbolic(prior, mu).expand(mu.shape)
-        return torch.full((), prior, dtype=reference.accumulate_dtype(mu), device=mu.device).expand(mu.shape)
-    _check_tensor(name, prior, mu.device)
-    _check_broadcast(name, prior, "mu", mu.shape)
-    if prior.shape == mu.shape:
-        return prior
-    if prior.dtype.itemsize < 4:
-        # Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision.
-        prior = prior.float()
-    return prior.expand(mu.shape)
-
-
-def _check_variance(name: str, kind: str, var: Any, recon: Tensor) -> tuple[Tensor | float, str]:
-    """A variance and what it holds: a tensor that broadcasts to recon as it is, and a number as a log-variance."""
-    if isinstance(var, Tensor):
-        _check_tensor(name, var, recon.device)
-        _check_broadcast(name, var, "recon", recon.shape)
-        return var, kind
-    if isinstance(var, bool) or not isinstance(var, NUMBER):
-        raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(var).__name__}")
-    if kind != "logvar" and not var > 0:
-        raise ValueError(f"{name} must be positive, got {var}")
-    factor = 2 if kind == "std" else 1
-    if torch.compiler.is_compiling() and isinstance(var, FLOAT):
-        value = _symbolic(var, recon)
-        return (value if kind == "logvar" else torch.log(value) * factor), "logvar"
-    return (float(var) if kind == "logvar" else math.log(var) * factor), "logvar"
-
-
-def _symbolic(value: float, like: Tensor) -> Tensor:
-    """A number in a traced function. Added to a tensor it stays symbolic; as anything else every new value is a new graph."""
-    return torch.zeros((), dtype=reference.accumulate_dtype(like), device=like.device) + value
-
-
-def _scale(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None, *inputs: Any) -> Scalar:
-    """The factor that turns a total over `inputs` into the reduction."""
-    if reduction in ("sum", "none"):
-        return 1.0
-    if reduction == "batchmean":
-        count = shape[0] if batch_dims == 1 else math.prod(shape[:batch_dims])
-        return 1.0 / count if count else math.nan
-    if weight is not None:
-        count = weight.numel()
-        return (count / math.prod(shape) if count else math.nan) / weight.sum(dtype=reference.accumulate_dtype(*inputs))
-    count = math.prod(shape)
-    return 1.0 / count if count else math.nan
-
-
-def _check_samples(num_samples: Any) -> None:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, INT):
-        raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-
-
-def _noise(
-    mu: Tensor, num_samples: int | None, eps: Any, seed: Any, generator: torch.Generator | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The noise as (eps, None) or as (None, seed), by the rule that the README tabulates."""
-    if num_samples is not None:
-        _check_samples(num_samples)
-    given = [name for name, v in (("eps", eps), ("seed", seed), ("generator", generator)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"give at most one of eps, seed and generator, got {' and '.join(given)}")
-    shape = mu.shape if num_samples is None else torch.Size((num_samples, *mu.shape))
-    if eps is not None:
-        _check_tensor("eps", eps, mu.device)
-        if eps.shape != shape:
-            raise ValueError(f"eps has shape {_shape(eps)}, but z will have shape {tuple(shape)}: they must be equal")
-        if eps.requires_grad:
-            raise ValueError("eps requires grad, but noise is a constant here: detach it")
-        return eps, None
-    if seed is not None:
-        return None, check_seed(seed, mu.device)
-    if mu.device.type == "cuda":
-        return None, draw_seed(mu.device, generator)
-    # What `randn_like` gave the code before the swap, so that torch.manual_seed reproduces it.
-    if num_samples is None:
-        return (torch.randn_like(mu) if generator is None else torch.empty_like(mu).normal_(generator=generator)).detach(), None
-    return torch.randn(shape, generator=generator, dtype=mu.dtype, device=mu.device), None
+def kl_of(inputs: LatentInputs, reduction: str, batch_dims: int, logvar_clamp: Any) -> KL:
+    """Check the options of a KL, and return its record."""
+    keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
+    scale = scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, accumulate_dtype(*inputs[:4]))
+    return KL(keep, scale, checks.clamp(logvar_clamp))
 
 
 # ---- before the decoder ----------------------------------------------------------------------------------------------------------
-
-
-def _latent(
-    mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Tensor | None, clamp: Any, reduction: str,
-    batch_dims: int, noise: tuple[Any, ...] | None, num_samples: int | None, want_kl: bool, impl: str | None,
-    moments: Tensor | None = None, dim: int = 0,
-) -> tuple[Any, Any]:  # fmt: skip
-    """z (if `noise`, which is (eps, seed, generator), is given) and the KL (if wanted).
-
-    mu and logvar may be the halves of `moments` along `dim`, which then gets one packed gradient.
-    """
-    keep = _check_rows(reduction, batch_dims, mu.ndim)
-    prior_mu = _check_prior("prior_mu", prior_mu, mu)
-    prior_logvar = _check_prior("prior_logvar", prior_logvar, mu)
-    _check_weight(weight, "mu", mu.shape, mu.device)
-    clamp = _check_clamp(clamp)
-    eps, seed = (None, None) if noise is None else _noise(mu, num_samples, *noise)
-    scale = _scale(reduction, batch_dims, mu.shape, weight, mu, logvar, prior_mu, prior_logvar)
-    chosen = backend.choose(impl, mu.device, not mu.numel())
-    if chosen is None:
-        normals = eps if seed is None else sample_noise(mu, seed, num_samples)
-        z = None if normals is None else reference.sample(mu, logvar, normals, clamp)
-        kl = scale * reference.kl(mu, logvar, prior_mu, prior_logvar, weight, clamp, keep) if want_kl else None
-        return z, kl
-    traced = torch.compiler.is_compiling()
-    packed = None if moments is None else dim
-    options = clamp, keep, 1.0 if traced else scale, num_samples, want_kl, packed, torch.is_grad_enabled(), chosen
-    posterior = (mu, logvar) if moments is None else (moments, None)
-    z, kl = Latent.apply(*posterior, prior_mu, prior_logvar, weight, eps, seed, options)
-    return z, kl * scale if traced and want_kl else kl
 
 
 @one_node
@@ -265,12 +83,10 @@ def reparameterize(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
-    _check_pair("mu", mu, "logvar", logvar)
-    z, _ = _latent(
-        mu, logvar, None, None, None, None, "none", 0, (eps, seed, generator), num_samples, False,
-        impl,
-    )  # fmt: skip
-    return z
+    checks.pair("mu", mu, "logvar", logvar)
+    eps, seed = draw(mu, num_samples, eps, seed, generator)
+    inputs = LatentInputs(mu, logvar, None, None, None, eps, seed)
+    return reparameterised(inputs, Latent(want_kl=False, num_samples=num_samples), impl)[0]
 
 
 @one_node
@@ -301,11 +117,11 @@ def reparameterize_kl(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
-    _check_pair("mu", mu, "logvar", logvar)
-    return _latent(
-        mu, logvar, prior_mu, prior_logvar, weight, logvar_clamp, reduction, batch_dims,
-        (eps, seed, generator), num_samples, True, impl,
-    )  # fmt: skip
+    checks.pair("mu", mu, "logvar", logvar)
+    inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
+    kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
+    eps, seed = draw(mu, num_samples, eps, seed, generator)
+    return reparameterised(inputs._replace(eps=eps, seed=seed), Latent(kl, num_samples=num_samples), impl)
 
 
 @one_node
@@ -345,26 +161,21 @@ def gaussian_kl(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    _check_pair("mu", mu, "logvar", logvar)
-    _, kl = _latent(mu, logvar, prior_mu, prior_logvar, weight, logvar_clamp, reduction, batch_dims, None, None, True, impl)
-    return kl
+    checks.pair("mu", mu, "logvar", logvar)
+    inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
+    return reparameterised(inputs, Latent(kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
 
 
 # ---- after the decoder -----------------------------------------------------------------------------------------------------------
 
 
-def _nll(
-    recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, kind: str, full: bool, eps: float, reduction: str,
-    batch_dims: int, impl: str | None,
-) -> Tensor:  # fmt: skip
-    keep = _check_rows(reduction, batch_dims, recon.ndim)
-    scale = _scale(reduction, batch_dims, recon.shape, weight, recon, x, var)
-    chosen = backend.choose(impl, recon.device, not recon.numel())
-    if chosen is None:
-        return scale * reference.nll(recon, x, var, weight, kind, full, eps, keep)
+def _nll(inputs: NLLInputs, spec: Likelihood, impl: str | None) -> Tensor:
+    chosen = backend.choose(impl, inputs.recon.device, not inputs.recon.numel())
     if torch.compiler.is_compiling():
-        return scale * GaussianNLL.apply(recon, x, var, weight, (kind, full, eps, keep, 1.0, torch.is_grad_enabled(), chosen))
-    return GaussianNLL.apply(recon, x, var, weight, (kind, full, eps, keep, scale, torch.is_grad_enabled(), chosen))
+        (nll,) = autograd.call(autograd.GaussianNLL, chosen, spec._replace(scale=1.0), inputs)
+        return nll * spec.scale
+    (nll,) = autograd.call(autograd.GaussianNLL, chosen, spec, inputs)
+    return nll
 
 
 @one_node
@@ -403,14 +214,18 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two forms of variance are given.
     """
-    _check_pair("recon", recon, "x", x)
+    checks.pair("recon", recon, "x", x)
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
         raise ValueError(f"give at most one of logvar, std and var, got {' and '.join(given)}")
-    name, value = next(iter(given.items()), ("logvar", 0.0))
-    value, kind = _check_variance(name, name, value, recon)
-    _check_weight(weight, "recon", recon.shape, recon.device)
-    return _nll(recon, x, value, weight, kind, bool(full), -math.inf, reduction, batch_dims, impl)
+    name, value = next(iter(given.items()), ("logvar", None))
+    if value is not None:
+        checks.variance(name, name, value, recon)
+    checks.weight(weight, "recon", recon.shape, recon.device)
+    keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
+    variance, parameter, number = as_variance(name, value, recon)
+    scale = scale_of(reduction, batch_dims, recon.shape, weight, accumulate_dtype(recon, x, variance))
+    return _nll(NLLInputs(recon, x, variance, weight), Likelihood(keep, scale, parameter, number, bool(full)), impl)
 
 
 def _promote(a: Tensor, b: Tensor) -> torch.dtype:
@@ -449,9 +264,10 @@ def gaussian_nll_loss(
             raise ValueError("var has negative entry/entries")
     elif not isinstance(var, Tensor):
         raise TypeError(f"var must be a float or a torch.Tensor, got {type(var).__name__}")
-    elif var.device.type == "cpu" and not torch.compiler.is_compiling() and torch.any(var < 0):
+    elif on_host(var) and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     dtype = _promote(input, target)
+    kind, number = "logvar", 0.0
     if isinstance(var, Tensor):
         if var.shape != input.shape:
             if input.shape[:-1] == var.shape:
@@ -460,44 +276,54 @@ def gaussian_nll_loss(
                 raise ValueError("var is of incorrect size")
         dtype, kind = torch.promote_types(dtype, _promote(input, var)), "var"
     elif torch.compiler.is_compiling():
-        var, kind = torch.log(torch.clamp(_symbolic(var, input), min=eps)), "logvar"
+        var, kind = torch.log(torch.clamp(symbolic(var, input), min=eps)), "logvar"
     else:
         # The float's clamp, and its logarithm in double precision.
         var = max(var, eps)
-        var, kind = (math.log(var) if var > 0 else -math.inf), "logvar"
+        number = math.log(var) if var > 0 else -math.inf
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not valid")
     if input.shape != target.shape:
         input, target = torch.broadcast_tensors(input, target)
     if not target.is_floating_point():
         target = target.to(dtype)
-    return _nll(input, target, var, None, kind, full, eps, reduction, input.ndim, None).to(dtype)
+    variance = var if isinstance(var, Tensor) else None
+    scale = scale_of(reduction, input.ndim, input.shape, None, torch.float32)
+    spec = Likelihood(input.ndim if reduction == "none" else 0, scale, kind, number, full, eps)
+    return _nll(NLLInputs(input, target, variance, None), spec, None).to(dtype)
 
 
-def _check_elbo(
-    recon: Any, x: Any, mu: Any, logvar: Any, recon_logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, reduction: str,
-    logvar_clamp: Any,
-) -> tuple[Tensor | float, Tensor | None, Tensor | None, tuple[float, float] | None, int, Scalar, Scalar]:  # fmt: skip
-    """Check what elbo_loss and elbo_terms share; return (var, prior_mu, prior_logvar, clamp, keep, nll_scale, kl_scale)."""
-    _check_pair("recon", recon, "x", x)
-    _check_pair("mu", mu, "logvar", logvar, recon.device)
+def _elbo(
+    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weight: Any, reduction: str, full: bool, logvar_clamp: Any
+) -> tuple[ElboInputs, Elbo]:
+    """Check what elbo_loss and elbo_terms share, and return it as records."""
+    recon, x, mu, logvar = tensors
+    checks.pair("recon", recon, "x", x)
+    checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:
         raise ValueError(f"{'mu' if recon.ndim else 'recon'} must have a batch dimension, got a 0-d tensor")
     if recon.shape[0] != mu.shape[0]:
         raise ValueError(
             f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
         )
-    var = 0.0 if recon_logvar is None else _check_variance("recon_logvar", "logvar", recon_logvar, recon)[0]
-    _check_weight(weight, "recon", recon.shape, recon.device)
-    return (
-        var,
-        _check_prior("prior_mu", prior_mu, mu),
-        _check_prior("prior_logvar", prior_logvar, mu),
-        _check_clamp(logvar_clamp),
-        _check_rows(reduction, 1, 1),
-        _scale(reduction, 1, recon.shape, weight, recon, x, var),
-        _scale(reduction, 1, mu.shape, None),
-    )
+    if recon_logvar is not None:
+        checks.variance("recon_logvar", "logvar", recon_logvar, recon)
+    checks.weight(weight, "recon", recon.shape, recon.device)
+    latent = posterior(mu, logvar, *prior, None)
+    variance, _, number = as_variance("logvar", recon_logvar, recon)
+    inputs = ElboInputs(recon, x, variance, *latent[:4], weight)
+    keep = checks.kept_dims(reduction, 1, 1)
+    acc = accumulate_dtype(*inputs[:7])
+    nll_scale, kl_scale = scale_of(reduction, 1, recon.shape, weight, acc), scale_of(reduction, 1, mu.shape, None, acc)
+    return inputs, Elbo(Likelihood(keep, nll_scale, logvar=number, full=bool(full)), KL(keep, kl_scale, checks.clamp(logvar_clamp)))
+
+
+def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        return autograd.call(autograd.ElboTerms, chosen, spec, inputs)
+    likelihood, kl = spec.likelihood._replace(scale=1.0), spec.kl._replace(scale=1.0)
+    nll, divergence = autograd.call(autograd.ElboTerms, chosen, spec._replace(likelihood=likelihood, kl=kl), inputs)
+    return nll * spec.likelihood.scale, divergence * spec.kl.scale
 
 
 @one_node
@@ -524,24 +350,9 @@ def elbo_terms(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    checked = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight, reduction, logvar_clamp)
-    chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
-    return _elbo_terms(recon, x, mu, logvar, weight, bool(full), reduction, chosen, *checked)
-
-
-def _elbo_terms(
-    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor | None, full: bool, reduction: str,
-    chosen: ModuleType | None, var: Tensor | float, prior_mu: Tensor | None, prior_logvar: Tensor | None,
-    clamp: tuple[float, float] | None, keep: int, nll_scale: Scalar, kl_scale: Scalar,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if chosen is None:
-        nll = nll_scale * reference.nll(recon, x, var, weight, "logvar", full, 0.0, keep)
-        return nll, kl_scale * reference.kl(mu, logvar, prior_mu, prior_logvar, None, clamp, keep)
-    inputs = recon, x, var, mu, logvar, prior_mu, prior_logvar, weight
-    if torch.compiler.is_compiling():
-        nll, kl = ELBOTerms.apply(*inputs, (full, clamp, keep, 1.0, 1.0, torch.is_grad_enabled(), chosen))
-        return nll_scale * nll, kl_scale * kl
-    return ELBOTerms.apply(*inputs, (full, clamp, keep, nll_scale, kl_scale, torch.is_grad_enabled(), chosen))
+    tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, weight, reduction, full, logvar_clamp)
+    return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
 
 
 @one_node
@@ -592,18 +403,18 @@ def elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    checked = _check_elbo(recon, x, mu, logvar, recon_logvar, prior_mu, prior_logvar, weight, reduction, logvar_clamp)
-    beta = _check_scalar("beta", beta, recon.device)
+    tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, weight, reduction, full, logvar_clamp)
+    checks.factor("beta", beta, recon.device)
+    beta = as_factor(beta, accumulate_dtype(*inputs[:7]), recon.device)
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
-    # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms, as does the
-    # reference.
-    if chosen is None or reduction == "none" or torch.compiler.is_compiling():
-        nll, kl = _elbo_terms(recon, x, mu, logvar, weight, bool(full), reduction, chosen, *checked)
-        loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
+    # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms.
+    if reduction == "none" or torch.compiler.is_compiling():
+        nll, kl = _terms(chosen, spec, inputs)
+        loss = nll + beta * kl
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
-    var, prior_mu, prior_logvar, clamp, _, nll_scale, kl_scale = checked
-    options = bool(full), clamp, nll_scale, kl_scale, beta, bool(return_terms), torch.is_grad_enabled(), chosen
-    return ELBO.apply(recon, x, var, mu, logvar, prior_mu, prior_logvar, weight, options)
+    outputs = autograd.call(autograd.Elbo, chosen, spec._replace(beta=beta, return_terms=bool(return_terms)), inputs)
+    return outputs if return_terms else outputs[0]
 
 
 def effective_beta(
@@ -635,7 +446,7 @@ def effective_beta(
         ValueError: A reduction is unknown, a size that it needs is missing, or a size or variance is not positive.
     """
     for name, value in (("recon_reduction", recon_reduction), ("kl_reduction", kl_reduction)):
-        if value not in _REDUCTIONS[1:]:
+        if value not in checks.REDUCTIONS[1:]:
             raise ValueError(f"{name} must be one of 'batchmean', 'sum', 'mean', got {value!r}")
     if kl_reduction == "mean" and latents is None:
         raise ValueError("latents is needed for kl_reduction='mean'")

@@ -1,78 +1,154 @@
-"""Where the decoder ends in a linear layer: from its input and x straight to the loss, with no reconstruction in memory."""
+"""Where the decoder ends in a linear layer: from its input and x straight to the loss, with no reconstruction in memory.
+
+A traced function (torch.compile, torch.export) must not open the likelihood up: as expressions it would store the reconstruction,
+and a loop over tiles would unroll. There the likelihood is one operator, which calls the backend when it runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, reference
-from .autograd import LinearELBO, LinearNLL
-from .functional import (
-    Scalar,
-    _check_pair,
-    _check_prior,
-    _check_rows,
-    _check_samples,
-    _check_scalar,
-    _check_tensor,
-    _check_variance,
-    _noise,
-    _scale,
-    _shape,
-    gaussian_nll,
-    reparameterize_kl,
-)
-from .tracing import one_node
+from . import autograd, backend, checks, composed
+from .arguments import as_factor, as_prior, as_variance, draw, scale_of, symbolic
+from .dtypes import accumulate_dtype
+from .functional import reparameterised
+from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
+from .tracing import NUMBER, one_node
 
 _PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
 
-def _check_matrix(name: str, t: Any, rows: str, columns: str, device: torch.device | None = None) -> None:
-    _check_tensor(name, t, device)
-    if t.ndim != 2:
-        raise ValueError(f"{name} must be a matrix ({rows}, {columns}), got shape {_shape(t)}")
+# ---- the likelihood as an operator of a traced function --------------------------------------------------------------------------
 
 
-def _check_layer(x: Any, weight: Any, bias: Any, logvar: Any, name: str, precision: Any) -> Tensor | float:
-    """Check x and what maps to it; return the log-variance."""
-    _check_matrix("x", x, "batch", "elements")
-    _check_matrix("weight", weight, "elements", "hidden", x.device)
-    if weight.shape[0] != x.shape[1]:
-        raise ValueError(
-            f"weight has shape {_shape(weight)}, but x has shape {_shape(x)}: weight must have a row for each column of x, as in "
-            "torch.nn.Linear"
-        )
-    if bias is not None:
-        _check_tensor("bias", bias, x.device)
-        if bias.shape != x.shape[1:]:
-            raise ValueError(f"bias has shape {_shape(bias)}, expected one value for each of {x.shape[1]} columns of x")
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, _PRECISIONS))}, got {precision!r}")
-    var, _ = _check_variance(name, "logvar", 0.0 if logvar is None else logvar, x)
-    if isinstance(var, Tensor) and var.numel() != 1 and var.shape != x.shape[1:]:
-        raise ValueError(f"{name} has shape {_shape(var)}, expected one value, or one for each of {x.shape[1]} columns of x")
-    return var
+def _arguments(names: str) -> str:
+    return f"Tensor h, Tensor x, Tensor weight, Tensor? bias, Tensor? variance, {names}, bool full, str? precision, str? impl"
 
 
-def _linear_nll(
-    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float, full: bool, keep: int, scale: Scalar,
+def _served(
+    tensors: Sequence[Tensor | None], keep: int, full: bool, precision: str | None, impl: str | None
+) -> tuple[Op, LinearInputs, Linear]:
+    inputs: Any = LinearInputs(*tensors)  # type: ignore[arg-type]
+    chosen = backend.choose_linear(impl, inputs)
+    assert chosen is not None, "the reference is traced as it is"
+    return chosen.linear_nll, inputs, Linear(Likelihood(keep, full=full), precision)
+
+
+@torch.library.custom_op("fastelbo::linear_nll", mutates_args=(), schema=f"({_arguments('int keep')}) -> Tensor")
+def _nll_op(
+    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, keep: int, full: bool,
     precision: str | None, impl: str | None,
 ) -> Tensor:  # fmt: skip
-    """The scaled sums of all terms, or of those of each row of h, of which x may have several."""
-    chosen = backend.choose(impl, x.device, not (h.numel() and x.numel()))
-    if chosen is None:
-        return scale * reference.linear_nll(h, x, weight, bias, var, full, keep)
-    if torch.compiler.is_compiling():
-        # A loop over tiles would unroll; Inductor fuses what follows a product of its own.
-        acc = reference.accumulate_dtype(h, x, weight, bias, var)
-        recon = F.linear(h.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-        samples = h.shape[0] // x.shape[0]  # not len(), which is a number in every graph
-        rows = x if samples == 1 else x.expand(samples, *x.shape).flatten(0, 1)
-        return scale * gaussian_nll(recon, rows, logvar=var, full=full, reduction="none" if keep else "sum", impl=impl)
-    return LinearNLL.apply(h, x, weight, bias, var, (full, keep, scale, precision, torch.is_grad_enabled(), chosen))
+    """-log N(x; h weight^T + bias, exp(variance)), summed over all but the first `keep` dimensions."""
+    op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
+    (nll,), _ = op.forward(inputs, spec, (False,) * 5)
+    assert nll is not None
+    return nll
+
+
+@torch.library.custom_op(
+    "fastelbo::linear_nll_backward",
+    mutates_args=(),
+    schema=f"({_arguments('Tensor grad_output, bool[] needs, int keep')}) -> Tensor[]",
+)
+def _nll_backward_op(
+    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, grad_output: Tensor, needs: Sequence[bool],
+    keep: int, full: bool, precision: str | None, impl: str | None,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that `needs` names."""
+    op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
+    return [g for g in op.backward(inputs, spec, (grad_output,), tuple(needs), None) if g is not None]
+
+
+@_nll_op.register_fake
+def _(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, keep: int, *_: Any) -> Tensor:
+    return h.new_empty(h.shape[:keep], dtype=accumulate_dtype(h, x, weight, bias, variance))
+
+
+@_nll_backward_op.register_fake
+def _(
+    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, grad_output: Tensor, needs: Sequence[bool],
+    *_: Any,
+) -> list[Tensor]:  # fmt: skip
+    pairs = zip((h, x, weight, bias, variance), needs, strict=True)
+    return [t.new_empty(t.shape) for t, need in pairs if need and t is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:5]
+    each = iter(_nll_backward_op(*ctx.saved_tensors, grad_output, list(needs), *ctx.options))
+    return *(next(each) if need else None for need in needs), *(None,) * len(ctx.options)
+
+
+_nll_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _traced_nll(impl: str | None) -> Op:
+    """The operator as an op whose outputs autograd differentiates."""
+
+    def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], None]:
+        keep, scale, _, _, full, _ = spec.likelihood
+        # The scale may be a symbolic number, which a product with a tensor takes, and the operator does not.
+        return (_nll_op(*inputs, keep, full, spec.precision, impl) * scale,), None
+
+    return Op(forward, _no_backward)
+
+
+def _traced_latent(impl: str | None) -> Op:
+    return Op(lambda inputs, spec, needs: (reparameterised(inputs, spec, impl), None), _no_backward)
+
+
+def _no_backward(*_: Any) -> Gradients:
+    raise NotImplementedError
+
+
+# ---- what both functions check ---------------------------------------------------------------------------------------------------
+
+
+def _matrix(name: str, t: Any, rows: str, columns: str, device: torch.device | None = None) -> None:
+    checks.tensor(name, t, device)
+    if t.ndim != 2:
+        raise ValueError(f"{name} must be a matrix ({rows}, {columns}), got shape {checks.shape_of(t)}")
+
+
+def _layer(x: Any, weight: Any, bias: Any, logvar: Any, name: str, precision: Any) -> tuple[Tensor | None, float]:
+    """Check x and what maps to it; return the log-variance as a tensor, or as the number that stands for a missing one."""
+    _matrix("x", x, "batch", "elements")
+    _matrix("weight", weight, "elements", "hidden", x.device)
+    if weight.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"weight has shape {checks.shape_of(weight)}, but x has shape {checks.shape_of(x)}: weight must have a row for each "
+            "column of x, as in torch.nn.Linear"
+        )
+    if bias is not None:
+        checks.tensor("bias", bias, x.device)
+        if bias.shape != x.shape[1:]:
+            raise ValueError(f"bias has shape {checks.shape_of(bias)}, expected one value for each of {x.shape[1]} columns of x")
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, _PRECISIONS))}, got {precision!r}")
+    if logvar is None:
+        return None, 0.0
+    checks.variance(name, "logvar", logvar, x)
+    if isinstance(logvar, Tensor) and logvar.numel() != 1 and logvar.shape != x.shape[1:]:
+        raise ValueError(
+            f"{name} has shape {checks.shape_of(logvar)}, expected one value, or one for each of {x.shape[1]} columns of x"
+        )
+    if torch.compiler.is_compiling() and isinstance(logvar, NUMBER):
+        return symbolic(logvar, x), 0.0
+    variance, _, number = as_variance("logvar", logvar, x)
+    return variance, number
+
+
+# ---- the functions ---------------------------------------------------------------------------------------------------------------
 
 
 @one_node
@@ -91,8 +167,8 @@ def linear_gaussian_nll(
     """-log N(x; h weight^T + bias, exp(logvar)), in nats, without the `(batch, elements)` mean or its gradient in memory.
 
     What `gaussian_nll(F.linear(h, weight, bias), x, logvar=logvar)` computes (Kingma & Welling 2014, appendix C.2), for the last
-    layer of any decoder. Products are recomputed in backward where the forward pass has not written the gradients. Under
-    torch.compile, and with impl="reference", the mean is in memory after all; x's gradient, if asked for, has x's size anyway.
+    layer of any decoder. Backward recomputes the products where the forward pass has not written the gradients, as it has not under
+    torch.compile. With impl="reference" the mean is in memory after all; x's gradient, if asked for, has x's size anyway.
 
     Args:
         h: Input of the layer, `(batch, hidden)`, of any floating dtype.
@@ -116,12 +192,22 @@ def linear_gaussian_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    var = _check_layer(x, weight, bias, logvar, "logvar", precision)
-    _check_matrix("h", h, "batch", "hidden", x.device)
+    variance, number = _layer(x, weight, bias, logvar, "logvar", precision)
+    _matrix("h", h, "batch", "hidden", x.device)
     if h.shape != (x.shape[0], weight.shape[1]):
-        raise ValueError(f"h has shape {_shape(h)}, expected (batch, hidden) = {(x.shape[0], weight.shape[1])} by x and weight")
-    keep = _check_rows(reduction, 1, 2)
-    return _linear_nll(h, x, weight, bias, var, bool(full), keep, _scale(reduction, 1, x.shape, None), precision, impl)
+        raise ValueError(
+            f"h has shape {checks.shape_of(h)}, expected (batch, hidden) = {(x.shape[0], weight.shape[1])} by x and weight"
+        )
+    keep = checks.kept_dims(reduction, 1, 2)
+    inputs = LinearInputs(h, x, weight, bias, variance)
+    scale = scale_of(reduction, 1, x.shape, None, accumulate_dtype(*inputs))
+    spec = Linear(Likelihood(keep, scale, logvar=number, full=bool(full)), precision)
+    chosen = backend.choose_linear(impl, inputs)
+    if chosen is not None and torch.compiler.is_compiling():
+        outputs: Any = _traced_nll(impl).forward(inputs, spec, (False,) * 5)[0]
+    else:
+        outputs = autograd.call(autograd.LinearNLL, chosen, spec, inputs)
+    return outputs[0]
 
 
 @one_node
@@ -148,9 +234,9 @@ def linear_elbo_loss(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE whose decoder is one linear layer: -log N(x; z weight^T + bias, exp(recon_logvar)) + beta * KL.
 
-    z is sampled from N(mu, exp(logvar)), on a GPU by the kernel that uses it, and the reconstruction is not in memory, but where
-    `linear_gaussian_nll` says: Kingma & Welling 2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly decoded
-    single-cell models, tabular and recommender decoders.
+    z is sampled from N(mu, exp(logvar)), on a GPU by the kernel that uses it, and the reconstruction is not in memory, except where
+    `linear_gaussian_nll` says so: Kingma & Welling 2014, equation 10, for linear VAEs and pPCA (Lucas et al. 2019), linearly
+    decoded single-cell models, tabular and recommender decoders.
 
     Args:
         x: Data, `(batch, elements)`.
@@ -172,29 +258,27 @@ def linear_elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
-    var = _check_layer(x, weight, bias, recon_logvar, "recon_logvar", precision)
-    _check_pair("mu", mu, "logvar", logvar, x.device)
+    variance, number = _layer(x, weight, bias, recon_logvar, "recon_logvar", precision)
+    checks.pair("mu", mu, "logvar", logvar, x.device)
     if mu.shape != (x.shape[0], weight.shape[1]):
-        raise ValueError(f"mu has shape {_shape(mu)}, expected (batch, latents) = {(x.shape[0], weight.shape[1])} by x and weight")
-    beta = _check_scalar("beta", beta, x.device)
-    if num_samples is not None:
-        _check_samples(num_samples)
-    samples, keep = num_samples or 1, _check_rows(reduction, 1, 2)
-    scale, kl_scale = (_scale(reduction, 1, t.shape, None) for t in (x, mu))
-    scale = scale / samples
-    chosen = backend.choose(impl, x.device, not (mu.numel() and x.numel()))
-    if chosen is None or torch.compiler.is_compiling():
-        z, kl = reparameterize_kl(
-            mu, logvar, prior_mu, prior_logvar, num_samples=num_samples, eps=eps, seed=seed, generator=generator,
-            reduction=reduction, impl=impl,
-        )  # fmt: skip
-        rows = z if num_samples is None else z.flatten(0, 1)
-        nll = _linear_nll(rows, x, weight, bias, var, bool(full), keep, scale, precision, impl)
-        if keep and num_samples is not None:
-            nll = nll.view(samples, -1).sum(0)
-        loss = nll + (beta.to(kl.dtype) if isinstance(beta, Tensor) else beta) * kl
-        return (loss, nll.detach(), kl.detach()) if return_terms else loss
-    prior = _check_prior("prior_mu", prior_mu, mu), _check_prior("prior_logvar", prior_logvar, mu)
-    noise = _noise(mu, num_samples, eps, seed, generator)
-    options = num_samples, bool(full), keep, scale, kl_scale, beta, precision, return_terms, torch.is_grad_enabled(), chosen
-    return LinearELBO.apply(x, mu, logvar, weight, bias, var, *prior, *noise, options)
+        raise ValueError(
+            f"mu has shape {checks.shape_of(mu)}, expected (batch, latents) = {(x.shape[0], weight.shape[1])} by x and weight"
+        )
+    checks.factor("beta", beta, x.device)
+    checks.prior("prior_mu", prior_mu, mu)
+    checks.prior("prior_logvar", prior_logvar, mu)
+    keep = checks.kept_dims(reduction, 1, 2)
+    prior = as_prior(prior_mu, mu), as_prior(prior_logvar, mu)
+    inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *draw(mu, num_samples, eps, seed, generator))
+    acc = accumulate_dtype(*inputs[:8])
+    scale, kl_scale = (scale_of(reduction, 1, t.shape, None, acc) for t in (x, mu))
+    likelihood = Likelihood(keep, scale / (num_samples or 1), logvar=number, full=bool(full))
+    factor = as_factor(beta, acc, x.device)
+    spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), num_samples, factor, return_terms)
+    chosen = backend.choose_linear(impl, inputs, num_samples)
+    if chosen is not None and torch.compiler.is_compiling():
+        outputs: Any = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl)).forward(inputs, spec, (False,) * 8)[0]
+        outputs = (outputs[0], *(t.detach() for t in outputs[1:]))
+    else:
+        outputs = autograd.call(autograd.LinearElbo, chosen, spec, inputs)
+    return outputs if return_terms else outputs[0]

@@ -9,13 +9,28 @@ Source: [KW14] Kingma & Welling 2014, "Auto-Encoding Variational Bayes": equatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-LOG_2PI = math.log(2 * math.pi)
+from .dtypes import LOG_2PI, accumulate_dtype
+from .noise import sample_noise
+from .specs import (
+    KL,
+    Elbo,
+    ElboInputs,
+    Latent,
+    LatentInputs,
+    Likelihood,
+    Linear,
+    LinearElbo,
+    LinearElboInputs,
+    LinearInputs,
+    NLLInputs,
+)
+
+# ---- per element -----------------------------------------------------------------------------------------------------------------
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
@@ -40,24 +55,17 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tens
     return 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + (torch.expm1(v) - v))
 
 
-def elbo(x: Tensor, recon: Tensor, recon_logvar: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """The SGVB estimate for L = recon.shape[0] samples and a N(0, I) prior, per batch row ([KW14] equation 10).
-
-    x `(B, D)`, recon and recon_logvar `(L, B, D)`, mu and logvar `(B, J)`; returns `(B,)`, in nats.
-    """
-    kl = gaussian_kl(mu, logvar, torch.zeros_like(mu), torch.zeros_like(logvar)).sum(-1)
-    return -kl + gaussian_log_prob(x, recon, recon_logvar).sum(-1).mean(0)
+def sgvb(x: Tensor, means: Tensor, logvars: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """The ELBO of each x, estimated with L samples, whose decoded means and logvars lie along dimension 0 ([KW14] equation 10)."""
+    likelihood = gaussian_log_prob(x, means, logvars).flatten(2).sum(-1).mean(0)
+    zero = torch.zeros_like(mu)
+    return likelihood - gaussian_kl(mu, logvar, zero, zero).flatten(1).sum(-1)
 
 
-# ---- the same equations with the options of the public functions: what autograd.py differentiates twice --------------------------
+# ---- weighed and summed ----------------------------------------------------------------------------------------------------------
 
 
-def accumulate_dtype(*tensors: object) -> torch.dtype:
-    """float64 if any tensor is, float32 otherwise: the dtype of all arithmetic and of every loss."""
-    return torch.float64 if torch.float64 in [t.dtype for t in tensors if isinstance(t, Tensor)] else torch.float32
-
-
-def _present(weight: Tensor | None, *tensors: Tensor) -> Sequence[Tensor]:
+def present(weight: Tensor | None, *tensors: Tensor) -> Sequence[Tensor]:
     """Replace what lies under a weight of 0 *before* any arithmetic: masking afterwards leaves 0 * NaN in the gradients."""
     return tensors if weight is None else [torch.where(weight == 0, torch.zeros_like(t), t) for t in tensors]
 
@@ -71,67 +79,93 @@ def _reduce(terms: Tensor, weight: Tensor | None, keep: int) -> Tensor:
     return terms.sum(dims) if dims else terms
 
 
-def nll(
-    recon: Tensor, x: Tensor, var: Tensor | float, weight: Tensor | None, kind: str, full: bool, eps: float, keep: int
-) -> Tensor:
-    """Sum of `-weight * log N(x; recon, var)` over all but the first `keep` dimensions.
-
-    `kind` says what `var` holds: "logvar", "std" or "var". A "var" is raised to at least `eps`, and the gradient passes
-    through that clamp as it does in `torch.nn.functional.gaussian_nll_loss`.
-    """
-    acc = accumulate_dtype(recon, x, var)
+def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
+    recon, x, variance, weight = inputs
+    acc = accumulate_dtype(recon, x, variance)
     recon, x = recon.to(acc), x.to(acc)
-    var = var.to(acc) if isinstance(var, Tensor) else torch.full((), var, dtype=acc, device=recon.device)
-    recon, x, var = _present(weight, recon, x, var.expand(recon.shape)) if weight is not None else (recon, x, var)
-    if kind == "var":
-        var = var.clone()
-        with torch.no_grad():
-            var.clamp_(min=eps)
-        if weight is not None:
-            var = torch.where(weight == 0, torch.ones_like(var), var)
-        logvar, square = torch.log(var), (recon - x) ** 2 / var
-    elif kind == "std":
-        if weight is not None:
-            var = torch.where(weight == 0, torch.ones_like(var), var)
-        logvar, square = 2 * torch.log(var), ((recon - x) / var) ** 2
+    if variance is None:
+        given = torch.full((), spec.logvar, dtype=acc, device=recon.device)
     else:
-        logvar, square = var, (recon - x) ** 2 * torch.exp(-var)
-    terms = 0.5 * (logvar + square) + (0.5 * LOG_2PI if full else 0.0)
-    return _reduce(terms, weight, keep)
+        given = variance.to(acc)
+    recon, x, given = present(weight, recon, x, given.expand(recon.shape)) if weight is not None else (recon, x, given)
+    if spec.parameter == "var":
+        given = given.clone()
+        with torch.no_grad():
+            given.clamp_(min=spec.floor)
+        if weight is not None:
+            given = torch.where(weight == 0, torch.ones_like(given), given)
+        logvar, square = torch.log(given), (recon - x) ** 2 / given
+    elif spec.parameter == "std":
+        if weight is not None:
+            given = torch.where(weight == 0, torch.ones_like(given), given)
+        logvar, square = 2 * torch.log(given), ((recon - x) / given) ** 2
+    else:
+        logvar, square = given, (recon - x) ** 2 * torch.exp(-given)
+    terms = 0.5 * (logvar + square) + (0.5 * LOG_2PI if spec.full else 0.0)
+    return spec.scale * _reduce(terms, weight, spec.keep)
 
 
-def linear_nll(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Tensor | float, full: bool, keep: int) -> Tensor:
-    """`nll` of recon = h weight^T + bias, of shape `(N, D)`, with the log-variance `var`; row n belongs to row n % B of x."""
-    acc = accumulate_dtype(h, x, weight, bias, var)
+def kl(inputs: LatentInputs, spec: KL) -> Tensor:
+    acc = accumulate_dtype(*inputs[:4])
+    mu, logvar = inputs.mu.to(acc), inputs.logvar.to(acc)
+    prior_mu = torch.zeros_like(mu) if inputs.prior_mu is None else inputs.prior_mu.to(acc)
+    prior_logvar = torch.zeros_like(logvar) if inputs.prior_logvar is None else inputs.prior_logvar.to(acc)
+    mu, logvar, prior_mu, prior_logvar = present(inputs.weight, mu, logvar, prior_mu, prior_logvar)
+    if spec.clamp is not None:
+        logvar = torch.clamp(logvar, *spec.clamp)
+    return spec.scale * _reduce(gaussian_kl(mu, logvar, prior_mu, prior_logvar), inputs.weight, spec.keep)
+
+
+def sample(inputs: LatentInputs, clamp: tuple[float, float] | None, num_samples: int | None) -> Tensor | None:
+    """z in mu's dtype, of the noise's shape; None where the inputs have no noise."""
+    mu, logvar = inputs.mu, inputs.logvar
+    eps = inputs.eps if inputs.seed is None else sample_noise(mu, inputs.seed, num_samples)
+    if eps is None:
+        return None
+    acc = accumulate_dtype(mu, logvar)
+    wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
+    return reparameterize(mu.to(acc), wide, eps.to(acc)).to(mu.dtype)
+
+
+# ---- the ops: what `specs.Backend` lists, with the same outputs ------------------------------------------------------------------
+
+
+def gaussian_nll(inputs: NLLInputs, spec: Likelihood) -> tuple[Tensor]:
+    return (nll(inputs, spec),)
+
+
+def latent(inputs: LatentInputs, spec: Latent) -> tuple[Tensor | None, Tensor | None]:
+    return sample(inputs, spec.kl.clamp, spec.num_samples), kl(inputs, spec.kl) if spec.want_kl else None
+
+
+def elbo_terms(inputs: ElboInputs, spec: Elbo) -> tuple[Tensor, Tensor]:
+    return nll(inputs.nll, spec.likelihood), kl(inputs.latent, spec.kl)
+
+
+def elbo(inputs: ElboInputs, spec: Elbo) -> tuple[Tensor, ...]:
+    return _loss(*elbo_terms(inputs, spec), spec)
+
+
+def linear_nll(inputs: LinearInputs, spec: Linear) -> tuple[Tensor]:
+    """`nll` of recon = h weight^T + bias, of shape `(rows, elements)`; row n belongs to row n % batch of x."""
+    h, x, weight, bias, variance = inputs
+    acc = accumulate_dtype(*inputs)
     recon = h.to(acc) @ weight.to(acc).T
     recon = recon if bias is None else recon + bias.to(acc)
     if recon.shape[0] != x.shape[0]:
         x = x.expand(recon.shape[0] // x.shape[0], *x.shape).flatten(0, 1)
-    return nll(recon, x, var, None, "logvar", full, 0.0, keep)
+    return (nll(NLLInputs(recon, x, variance, None), spec.likelihood),)
 
 
-def kl(
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    weight: Tensor | None,
-    clamp: tuple[float, float] | None,
-    keep: int,
-) -> Tensor:
-    """Sum of `weight * KL` over all but the first `keep` dimensions; `clamp` bounds logvar, with zero gradient outside."""
-    acc = accumulate_dtype(mu, logvar, prior_mu, prior_logvar)
-    mu, logvar = mu.to(acc), logvar.to(acc)
-    prior_mu = torch.zeros_like(mu) if prior_mu is None else prior_mu.to(acc)
-    prior_logvar = torch.zeros_like(logvar) if prior_logvar is None else prior_logvar.to(acc)
-    mu, logvar, prior_mu, prior_logvar = _present(weight, mu, logvar, prior_mu, prior_logvar)
-    if clamp is not None:
-        logvar = torch.clamp(logvar, *clamp)
-    return _reduce(gaussian_kl(mu, logvar, prior_mu, prior_logvar), weight, keep)
+def linear_elbo(inputs: LinearElboInputs, spec: LinearElbo) -> tuple[Tensor, ...]:
+    z = sample(inputs.latent, None, spec.num_samples)
+    assert z is not None
+    (each,) = linear_nll(inputs.linear(z if spec.num_samples is None else z.flatten(0, 1)), spec.linear)
+    if spec.linear.likelihood.keep and spec.num_samples is not None:
+        each = each.view(spec.num_samples, -1).sum(0)
+    return _loss(each, kl(inputs.latent, spec.kl), spec)
 
 
-def sample(mu: Tensor, logvar: Tensor, eps: Tensor, clamp: tuple[float, float] | None) -> Tensor:
-    """z in mu's dtype, of eps's shape: eps may carry a leading dimension of samples."""
-    acc = accumulate_dtype(mu, logvar)
-    wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
-    return reparameterize(mu.to(acc), wide, eps.to(acc)).to(mu.dtype)
+def _loss(nll: Tensor, kl: Tensor, spec: Elbo | LinearElbo) -> tuple[Tensor, ...]:
+    loss = nll + spec.beta * kl
+    return (loss, nll.detach(), kl.detach()) if spec.return_terms else (loss,)

@@ -1,4 +1,8 @@
-"""The Triton backend, installed as ``fastelbo.kernels``: the functions of ``fastelbo.eager``, with the same signatures."""
+"""The Triton backend, installed as ``fastelbo.kernels``: an `Op` for each fused operation, as ``fastelbo.specs`` describes it.
+
+`gaussian_nll`, `latent` and `elbo` are such ops here and not the modules of the same names, which hold the kernels. The modules are
+reached by `from fastelbo.kernels.gaussian_nll import ...`.
+"""
 
 # A well-known distribution owns the top-level name `kernels`, and two copies of these modules under two names would
 # compile and cache everything twice: so this directory answers to one name only.
@@ -8,24 +12,19 @@ if __name__ != "fastelbo.kernels":
         "(from a source checkout, install it first: python -m pip install -e .)"
     )
 
-from .elbo import elbo_forward, elbo_terms_backward, elbo_terms_forward, scale_gradients
-from .gaussian_nll import nll_backward, nll_forward
+from .elbo import elbo, elbo_terms
+from .gaussian_nll import gaussian_nll
+from .latent import latent
 from .launch import INTERPRETED
-from .linear_elbo import linear_elbo_backward, linear_elbo_forward, linear_nll_backward, linear_nll_forward
-from .reparameterize import latent_backward, latent_forward
+from .linear import linear_elbo, linear_limits, linear_nll
 
 __all__ = [
     "INTERPRETED",
-    "elbo_forward",
-    "elbo_terms_backward",
-    "elbo_terms_forward",
-    "latent_backward",
-    "latent_forward",
-    "linear_elbo_backward",
-    "linear_elbo_forward",
-    "linear_nll_backward",
-    "linear_nll_forward",
-    "nll_backward",
-    "nll_forward",
-    "scale_gradients",
+    "elbo",
+    "elbo_terms",
+    "gaussian_nll",
+    "latent",
+    "linear_elbo",
+    "linear_limits",
+    "linear_nll",
 ]

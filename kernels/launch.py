@@ -32,6 +32,56 @@ WARPS = 4
 PROGRAMS = 2048
 
 
+# ---- records that kernels take ---------------------------------------------------------------------------------------------------
+
+# Triton takes a NamedTuple apart and compiles for the fields: an integer of 1 and a None become constants, and whether an integer
+# is a multiple of 16 counts too. `do_not_specialize` reaches only what is no field of a record, so sizes that vary from call to
+# call are arguments of their own.
+
+
+class Operand(NamedTuple):
+    """A tensor in the view of a launch. For a tensor that does not exist, or is not wanted, None takes the place of the record."""
+
+    pointer: Any  # on the host the tensor itself
+    # Of each dimension of the rows, in elements, and 1 for the columns; where a row has one value for all of its columns, that 1 is
+    # left out. (Triton 3.6 cannot ask whether a record is None if there is a None in it.)
+    strides: tuple[Any, ...]
+
+
+class Block(NamedTuple):
+    """The shape of a tile, and the dtype of the arithmetic; a constant of each launch."""
+
+    DIMS: int  # of the rows
+    BM: int
+    BN: int
+    ACC: tl.dtype
+
+
+class Grid(NamedTuple):
+    """The rows and columns that `programs` programs walk, made on the device of arguments that do not specialise."""
+
+    programs: Any
+    rows: Any
+    r1: Any
+    r2: Any
+    cols: Any
+
+
+class Tile(NamedTuple):
+    """One step of that walk, on the device."""
+
+    rows: Any  # (BM,)
+    r1: Any
+    r2: Any
+    in_rows: Any  # (BM,): which of the rows exist
+    chunk: Any  # the tile is the chunk-th of its rows
+    first: Any  # its first column
+    mask: Any  # (BM, BN): which of its elements exist
+
+
+# ---- the common view of several tensors ------------------------------------------------------------------------------------------
+
+
 class Fold(NamedTuple):
     """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output."""
 
@@ -43,8 +93,7 @@ class Fold(NamedTuple):
     per_out: int
     bm: int
     bn: int
-    strides: tuple[tuple[int, ...], ...]  # of each operand, for each dimension of the rows
-    col_strides: tuple[int, ...]  # 0 or 1
+    strides: tuple[tuple[int, ...], ...]  # of each operand, as `Operand` has them
 
     @property
     def chunks(self) -> int:
@@ -53,6 +102,21 @@ class Fold(NamedTuple):
     @property
     def tiles(self) -> int:
         return -(-self.rows // self.bm) * self.chunks
+
+    @property
+    def programs(self) -> int:
+        return min(self.tiles, PROGRAMS)
+
+    def grid(self, programs: int) -> tuple[int, ...]:
+        """The fields of `Grid` up to `cols`."""
+        return programs, self.rows, self.r1, self.r2
+
+    def block(self, acc: torch.dtype) -> Block:
+        return Block(self.dims, self.bm, self.bn, TYPES[acc])
+
+    def operands(self, tensors: Sequence[Tensor | None]) -> list[Operand | None]:
+        """The records of the tensors that this view was made for."""
+        return [None if t is None else Operand(t, strides) for t, strides in zip(tensors, self.strides, strict=True)]
 
 
 def tile_size(acc: torch.dtype) -> int:
@@ -99,8 +163,7 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
             f"a tensor of shape {shape} lies in {count} separate rows, more than one launch can number; make it contiguous"
         )
     bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols))
-    each = iter([tuple(steps[i] for _, steps in rows) for i in range(len(given))])
-    cols_each = iter(col_steps)
+    each = iter([tuple(steps[i] for _, steps in rows) + (1,) * col_steps[i] for i in range(len(given))])
     return Fold(
         rows=count,
         cols=cols,
@@ -110,49 +173,38 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
         per_out=math.prod(size for size, _ in inner[:-1]),
         bm=tile // bn,
         bn=bn,
-        strides=tuple((0,) * len(rows) if s is None else next(each) for s in strides),
-        col_strides=tuple(0 if s is None else next(cols_each) for s in strides),
+        strides=tuple(() if s is None else next(each) for s in strides),
     )
 
 
-class Call(NamedTuple):
-    """A planned launch, what remains to be added up after it, and what it yields."""
+def expanded(t: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """An input as an operand of that shape: dimensions that it lacks at the front or that are 1 get a stride of 0."""
+    # A comparison costs a tenth of a view.
+    return t if t is None or t.shape == shape else t.expand(shape)
 
-    # The tile function's arguments. Only those at the top level can be kept from specialising the kernel on their value.
-    programs: int
-    sizes: tuple[int, ...]
-    tensors: tuple[Tensor | None, ...]
-    strides: tuple[tuple[int, ...], ...]
-    cols: int
-    scalars: tuple[float | Tensor, ...]
-    constants: tuple[Any, ...]
-    acc: torch.dtype
-    terms: Any = None  # the Segments of the terms' sums
-    var: Any = None  # and of the variance's gradient
-    out: Tensor | None = None
-    grads: tuple[Tensor | None, ...] = ()
-    shares: Tensor | None = None  # the elementwise gradient of a variance that broadcasts, still to be summed
-    z: Tensor | None = None
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self.programs, *self.sizes, self.tensors, self.strides, self.cols, self.scalars, self.constants
+def trailing(t: Tensor | None, ndim: int) -> Tensor | None:
+    """An upstream gradient of the first dimensions of a shape, with ones for the others."""
+    return None if t is None else t.reshape(t.shape + (1,) * (ndim - t.ndim))
 
-    def gradients(self, var: Tensor | float) -> tuple[Tensor | None, ...]:
-        if self.shares is None:
-            return self.grads
-        return *self.grads[:2], self.shares.sum_to_size(var.shape).to(var.dtype)
+
+def densified(t: Tensor | None) -> Tensor | None:
+    """What a tensor is copied to where no common view exists: contiguous, except one value that is the same for all."""
+    return t if t is None or not any(t.stride()) else t.contiguous()
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------------------
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, tuned: dict[str, int] | None = None) -> None:
     """Launch on the device of the tensors, which need not be the current one, with `tuned` compiler options of its own."""
     # Left out where there are none, so that what takes the place of `start` need not know of them.
-    rest = () if tuned is None else (tuned,)
+    options_of_its_own = () if tuned is None else (tuned,)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            start(kernel, programs, args, *rest)
+            start(kernel, programs, args, *options_of_its_own)
     else:
-        start(kernel, programs, args, *rest)
+        start(kernel, programs, args, *options_of_its_own)
 
 
 def start(kernel: Any, programs: int, args: tuple[Any, ...], tuned: dict[str, int] | None = None) -> None:
@@ -212,6 +264,36 @@ def read(value, ACC: tl.constexpr):
 
 
 @triton.jit
+def zeros(B: tl.constexpr):
+    """A tile of zeros."""
+    BM: tl.constexpr = B.BM  # Triton 3.6 takes no bare field in a tuple
+    BN: tl.constexpr = B.BN
+    return tl.zeros((BM, BN), B.ACC)
+
+
+@triton.jit
+def chunks_of(cols, BN: tl.constexpr):
+    return (cols - 1) // BN + 1  # tl.cdiv overflows just below 2**31
+
+
+@triton.jit
+def tiles_of(grid, B: tl.constexpr):
+    return ((grid.rows - 1) // B.BM + 1) * chunks_of(grid.cols, B.BN)
+
+
+@triton.jit
+def tile_at(index, grid, B: tl.constexpr):
+    """The tile of that number, in the order in which rows are walked."""
+    chunks = chunks_of(grid.cols, B.BN)
+    rows = (index // chunks) * B.BM + tl.arange(0, B.BM)
+    chunk = index % chunks
+    first = chunk.to(grid.cols.dtype) * B.BN
+    in_rows = rows < grid.rows
+    mask = in_rows[:, None] & (tl.arange(0, B.BN) < grid.cols - first)[None, :]
+    return Tile(rows, grid.r1, grid.r2, in_rows, chunk, first, mask)
+
+
+@triton.jit
 def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
     """Offsets of a block of rows, in int64: a batch of videos exceeds 2**31 elements."""
     if DIMS == 0:
@@ -227,46 +309,34 @@ def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
 
 
 @triton.jit
-def tile_of(pointer, rows, first, BN: tl.constexpr, r1, r2, strides, DIMS: tl.constexpr):
-    """Pointers to a tile of rows x (first, first + 1, ...) of a tensor that is dense along its columns."""
-    start = row_offset(rows, r1, r2, strides, DIMS)
-    return pointer + (start + first)[:, None] + tl.arange(0, BN)[None, :]
+def pointers(operand, tile, B: tl.constexpr, offset):
+    """Pointers to a tile (BM, BN) of an operand that is dense along its columns, `offset` elements on."""
+    start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B.DIMS)
+    return operand.pointer + offset + (start + tile.first)[:, None] + tl.arange(0, B.BN)[None, :]
 
 
 @triton.jit
-def load(
-    pointer,
-    rows,
-    row_live,
-    first,
-    live,
-    BN: tl.constexpr,
-    r1,
-    r2,
-    strides,
-    COL: tl.constexpr,
-    DIMS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """A tile, or one value a row (BM, 1) of an operand whose column stride, COL, is 0. What is not live reads as 0."""
-    if COL:
-        return tl.load(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), live, other=0).to(ACC)
+def load(operand, tile, B: tl.constexpr, offset=0):
+    """A tile (BM, BN), or (BM, 1) where a row has one value for all of its columns. What does not exist reads as 0."""
+    if len(operand.strides) > B.DIMS:
+        return tl.load(pointers(operand, tile, B, offset), tile.mask, other=0).to(B.ACC)
     else:
-        start = row_offset(rows, r1, r2, strides, DIMS)
-        return tl.load(pointer + start[:, None], row_live[:, None], other=0).to(ACC)
+        start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B.DIMS)
+        return tl.load(operand.pointer + offset + start[:, None], tile.in_rows[:, None], other=0).to(B.ACC)
 
 
 @triton.jit
 def narrow(value, pointer):
-    """The value in the dtype of what the pointer points to; there is no conversion from float64 to bfloat16 but by float32."""
+    """The value in the dtype of what the pointer points to. Triton has no conversion from float64 straight to bfloat16."""
     if value.dtype == tl.float64 and pointer.dtype.element_ty == tl.bfloat16:
         value = value.to(tl.float32)
     return value.to(pointer.dtype.element_ty)
 
 
 @triton.jit
-def store(pointer, value, rows, first, live, BN: tl.constexpr, r1, r2, strides, DIMS: tl.constexpr):
-    tl.store(tile_of(pointer, rows, first, BN, r1, r2, strides, DIMS), narrow(value, pointer), live)
+def store(operand, value, tile, B: tl.constexpr, offset=0):
+    """The elements of a tile that exist, in the dtype of the operand."""
+    tl.store(pointers(operand, tile, B, offset), narrow(value, operand.pointer), tile.mask)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ Polynomials are minimax fits (Remez, relative error) of the series named beside 
 import triton
 import triton.language as tl
 
-__all__ = ["exp", "expm1_and_rest", "log", "sincos_2pi"]
+__all__ = ["exp", "expm1_and_remainder", "log", "sincos_2pi"]
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def log(x):
     else:
         tl.static_assert(x.dtype == tl.float32, "log: widen to float32 first")
         subnormal = x < 1.1754943508222875e-38
-        y = _log_normal_f32(tl.where(subnormal, x * 8388608.0, x))
+        y = log_normal_f32(tl.where(subnormal, x * 8388608.0, x))
         y = tl.where(subnormal, y - 15.942385152878742, y)  # 23 log(2)
         y = tl.where(x < float("inf"), y, x)  # inf and NaN
         y = tl.where(x < 0.0, float("nan"), y)
@@ -61,7 +61,7 @@ def log(x):
 
 
 @triton.jit
-def _log_normal_f32(x):
+def log_normal_f32(x):
     """log(x) for positive, normal, finite float32."""
     bits = x.to(tl.int32, bitcast=True)
     # x = 2**k m with m in [2/3, 4/3): close to 1 k is 0, so nothing cancels. e holds k * 2**23.
@@ -80,20 +80,20 @@ def _log_normal_f32(x):
 
 
 @triton.jit
-def expm1_and_rest(v):
+def expm1_and_remainder(v):
     """(e**v - 1, e**v - 1 - v) for a float32 or float64 block, both free of cancellation; the second is never negative.
 
     The second is the variance part of KL(N(0, e**v) || N(0, 1)), times two.
     """
     if v.dtype == tl.float64:
-        return _expm1_and_rest_f64(v)
+        return _expm1_and_remainder_f64(v)
     else:
-        tl.static_assert(v.dtype == tl.float32, "expm1_and_rest: widen to float32 first")
-        return _expm1_and_rest_f32(v)
+        tl.static_assert(v.dtype == tl.float32, "expm1_and_remainder: widen to float32 first")
+        return _expm1_and_remainder_f32(v)
 
 
 @triton.jit
-def _expm1_and_rest_f32(v):
+def _expm1_and_remainder_f32(v):
     v = tl.minimum(v, 89.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.maximum(v, -40.0, propagate_nan=tl.PropagateNan.ALL)  # e**-40 is nothing beside 1
     near = tl.abs(v) <= 1.0
@@ -114,12 +114,12 @@ def _expm1_and_rest_f32(v):
     q = r + w
     grow = half - 0.5
     expm1 = 2.0 * tl.fma(half, q, grow)
-    rest = 2.0 * tl.fma(half, q, tl.fma(v, -0.5, grow))
-    return expm1, tl.where(near, w, rest)
+    remainder = 2.0 * tl.fma(half, q, tl.fma(v, -0.5, grow))
+    return expm1, tl.where(near, w, remainder)
 
 
 @triton.jit
-def _expm1_and_rest_f64(v):
+def _expm1_and_remainder_f64(v):
     # Plain products and sums: tl.fma takes a Python float for float32.
     p = v * 4.7988626503352334e-14 + 7.752866515275412e-13  # (e**v - 1 - v) / v**2 for |v| <= 1
     p = p * v + 1.1471240541581527e-11

@@ -8,7 +8,7 @@ Element 4 k + i is lane i of counter k of Philox4x32-10 (Salmon et al. 2011): ke
 import triton
 import triton.language as tl
 
-from .math import _log_normal_f32, sincos_2pi
+from .math import log_normal_f32, sincos_2pi
 
 __all__ = ["normal_at", "normal_tile_aligned", "philox_bits4", "philox_normal4"]
 
@@ -27,7 +27,7 @@ def _box_muller(x0, x1):
     """Two float32 normals from two uint32, as cuRAND does: x0 gives the radius, x1 the angle; sine first."""
     # u = (x0 + 1/2) / 2**32 is never 0, so the radius ends at sqrt(66 log 2) = 6.76; the product is exact.
     u = tl.fma(x0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
-    radius = tl.sqrt(-2.0 * _log_normal_f32(u))
+    radius = tl.sqrt(-2.0 * log_normal_f32(u))
     sin, cos = sincos_2pi(x1)
     return radius * sin, radius * cos
 
@@ -59,7 +59,7 @@ def normal_tile_aligned(seed, counters):
 def normal_at(seed, index):
     """float32 normals at an int64 block of element indices, of any shape and alignment; same noise as the tiles.
 
-    Costs over twice a tile's element: a Philox call each, but where the compiler sees that neighbours share a counter.
+    Costs over twice a tile's element: a Philox call each, except where the compiler sees that neighbours share a counter.
     """
     x0, x1, x2, x3 = philox_bits4(seed, index >> 2)
     second = (index & 2) != 0

@@ -6,12 +6,15 @@ a second launch of one program is ordered by the stream.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastelbo.specs import Factor
 
 from .launch import TYPES, Fold, launch, narrow, read, scalar
 
@@ -20,6 +23,8 @@ from .launch import TYPES, Fold, launch, narrow, read, scalar
 NOTHING, TOTAL, ROWS, COLS, EACH = (tl.constexpr(i) for i in range(5))
 
 _REDUCE = 1024
+# Families that one launch adds up, at most.
+_FAMILIES = 3
 
 
 class Segments(NamedTuple):
@@ -30,101 +35,139 @@ class Segments(NamedTuple):
     outer: int
     kept: int
     inner: int
-    scale: float | Tensor = 1.0
+    scale: Factor = 1.0
     step: int = 1  # stride of out
+
+    @property
+    def block(self) -> int:
+        """How many segments a program sums: few long ones are read along themselves, many short ones side by side."""
+        return 1 if self.kept == 1 or self.inner >= 64 else 16
+
+
+# ---- on the device ---------------------------------------------------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """A `Segments` as a kernel takes it, except its sizes, which are arguments of their own (see `launch.py`)."""
+
+    parts: Any  # (outer, kept, inner)
+    out: Any  # (kept,), `step` apart
+    step: Any
+    scale: Any  # a number, or a pointer to one
+
+
+class Sizes(NamedTuple):
+    outer: Any
+    kept: Any
+    inner: Any
+
+
+class Loss(NamedTuple):
+    """out = nll + beta * kl, of families 0 and 1, which are then totals."""
+
+    out: Any  # ()
+    beta: Any  # a number, or a pointer to one
+
+
+class FinishFlags(NamedTuple):
+    BLOCKS: tuple[int, ...]  # of each family, the segments of a program
+    REDUCE: int  # partial sums that a program reads at once
+    ACC: tl.dtype
 
 
 @triton.jit
-def _segment(pid, parts, out, outer, kept, inner, step, BK: tl.constexpr, BR: tl.constexpr):
-    """Sums of BK neighbouring segments, in float64. Returns (sums, pointers, mask)."""
-    k = pid * BK + tl.arange(0, BK)
+def _sum(family, sizes, rank, BK: tl.constexpr, C: tl.constexpr):
+    """Store the sums of BK neighbouring segments, and return them (BK,)."""
+    BR: tl.constexpr = C.REDUCE // BK
+    k = rank * BK + tl.arange(0, BK)
     total = tl.zeros((BR, BK), tl.float64)
-    count = outer * inner
+    count = sizes.outer * sizes.inner
     for start in range(0, count, BR):
         r = start + tl.arange(0, BR)
-        at = (r // inner).to(tl.int64)[:, None] * (kept * inner) + k.to(tl.int64)[None, :] * inner + (r % inner)[:, None]
-        total += tl.load(parts + at, (r < count)[:, None] & (k < kept)[None, :], other=0.0).to(tl.float64)
-    return tl.sum(total, 0), out + k.to(tl.int64) * step, k < kept
+        outer = (r // sizes.inner).to(tl.int64)[:, None] * (sizes.kept * sizes.inner)
+        at = outer + k.to(tl.int64)[None, :] * sizes.inner + (r % sizes.inner)[:, None]
+        mask = (r < count)[:, None] & (k < sizes.kept)[None, :]
+        total += tl.load(family.parts + at, mask, other=0.0).to(tl.float64)
+    sums = (tl.sum(total, 0) * read(family.scale, C.ACC).to(tl.float64)).to(C.ACC)
+    tl.store(family.out + k.to(tl.int64) * family.step, narrow(sums, family.out), k < sizes.kept)
+    return sums
 
 
-@triton.jit(
-    do_not_specialize=[
-        "a_outer", "a_kept", "a_inner", "a_step", "b_outer", "b_kept", "b_inner", "b_step", "v_outer", "v_kept", "v_inner", "v_step"
-    ]
-)  # fmt: skip
+_SIZES = [f"{size}_{i}" for i in range(_FAMILIES) for size in Sizes._fields]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def finish_kernel(
-    a, a_out, a_outer, a_kept, a_inner, a_step, a_scale, b, b_out, b_outer, b_kept, b_inner, b_step, b_scale,
-    v, v_out, v_outer, v_kept, v_inner, v_step, v_scale, loss, beta,
-    A_BK: tl.constexpr, B_BK: tl.constexpr, V_BK: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr,
+    families, loss, outer_0, kept_0, inner_0, outer_1, kept_1, inner_1, outer_2, kept_2, inner_2, C: tl.constexpr
 ):  # fmt: skip
-    """Up to three families of segments; with `loss`, a and b are totals and the first program also stores a + beta * b."""
+    """Families of segments, one after another in the order of the programs. With `loss`, the first program sums the first two."""
+    sizes = (Sizes(outer_0, kept_0, inner_0), Sizes(outer_1, kept_1, inner_1), Sizes(outer_2, kept_2, inner_2))
     pid = tl.program_id(0)
-    a_programs = 0
-    b_programs = 0
-    if a is not None:
-        a_programs = tl.cdiv(a_kept, A_BK)
-    if b is not None:
-        if loss is None:
-            b_programs = tl.cdiv(b_kept, B_BK)
-    if a is not None:
-        if pid < a_programs:
-            sums, at, live = _segment(pid, a, a_out, a_outer, a_kept, a_inner, a_step, A_BK, REDUCE // A_BK)
-            first = (sums * read(a_scale, ACC).to(tl.float64)).to(ACC)
-            tl.store(at, first, live)
-            if loss is not None:
-                sums, at, live = _segment(0, b, b_out, b_outer, b_kept, b_inner, b_step, B_BK, REDUCE // B_BK)
-                second = (sums * read(b_scale, ACC).to(tl.float64)).to(ACC)
-                tl.store(at, second, live)
-                tl.store(loss + tl.arange(0, A_BK), first + read(beta, ACC) * second)
-    if b is not None:
-        if loss is None:
-            if (pid >= a_programs) & (pid < a_programs + b_programs):
-                sums, at, live = _segment(pid - a_programs, b, b_out, b_outer, b_kept, b_inner, b_step, B_BK, REDUCE // B_BK)
-                tl.store(at, narrow((sums * read(b_scale, ACC).to(tl.float64)).to(ACC), b_out), live)
-    if v is not None:
-        if pid >= a_programs + b_programs:
-            rank = pid - a_programs - b_programs
-            sums, at, live = _segment(rank, v, v_out, v_outer, v_kept, v_inner, v_step, V_BK, REDUCE // V_BK)
-            tl.store(at, narrow((sums * read(v_scale, ACC).to(tl.float64)).to(ACC), v_out), live)
+    first = 0
+    if loss is not None:
+        if pid == 0:
+            nll = _sum(families[0], sizes[0], 0, C.BLOCKS[0], C)
+            kl = _sum(families[1], sizes[1], 0, C.BLOCKS[1], C)
+            tl.store(loss.out + tl.arange(0, C.BLOCKS[0]), nll + read(loss.beta, C.ACC) * kl)
+        first = 1
+    for i in tl.static_range(len(families)):
+        if loss is None or i >= 2:
+            programs = tl.cdiv(sizes[i].kept, C.BLOCKS[i])
+            if (pid >= first) & (pid < first + programs):
+                _sum(families[i], sizes[i], pid - first, C.BLOCKS[i], C)
+            first += programs
 
 
-def finish(
-    acc: torch.dtype,
-    a: Segments | None = None,
-    b: Segments | None = None,
-    v: Segments | None = None,
-    loss: Tensor | None = None,
-    beta: float | Tensor = 1.0,
-) -> None:
-    """Add partials up in one launch: the terms `a` (and, with `loss`, `b`) into tensors of dtype acc, gradients into their own."""
-    args: list[object] = []
-    blocks, programs = [], 0
-    for s in (a, b, v):
-        # Few long segments are read along themselves; many short ones side by side.
-        block = 1 if s is None or s.kept == 1 or s.inner >= 64 else 16
-        blocks.append(block)
-        if s is None:
-            args += [None, None, 0, 0, 0, 0, 0.0]
-        else:
-            args += [s.parts, s.out, s.outer, s.kept, s.inner, s.step, scalar(s.scale, acc, s.parts.device)]
-            if not (s is b and loss is not None):
-                programs += -(-s.kept // block)
-    if not programs:
+# ---- on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def finish(acc: torch.dtype, *segments: Segments | None, loss: Tensor | None = None, beta: Factor = 1.0) -> None:
+    """Add partials up in one launch, each to the dtype of its result. With `loss`, the first two are the totals nll and kl."""
+    families: list[Family] = []
+    sizes: list[int] = []
+    blocks: list[int] = []
+    programs = 0
+    for s in segments:
+        if s is not None:
+            device, block = s.parts.device, s.block
+            families.append(Family(s.parts, s.out, s.step, scalar(s.scale, acc, device)))
+            sizes += s.outer, s.kept, s.inner
+            blocks.append(block)
+            programs += -(-s.kept // block)
+    if not families:
         return
-    device = next(s for s in (a, b, v) if s is not None).parts.device
-    launch(finish_kernel, programs, device, *args, loss, scalar(beta, acc, device), *blocks, _REDUCE, TYPES[acc])
+    of_loss = None
+    if loss is not None:
+        of_loss = Loss(loss, scalar(beta, acc, device))
+        programs -= 1  # one sums both totals
+    sizes += (0,) * (3 * _FAMILIES - len(sizes))
+    flags = FinishFlags(tuple(blocks), _REDUCE, TYPES[acc])
+    launch(finish_kernel, programs, device, tuple(families), of_loss, *sizes, flags)
 
 
-def sums(
-    f: Fold, shape: torch.Size, scale: float | Tensor, programs: int, acc: torch.dtype, device: torch.device
-) -> tuple[tl.constexpr, Tensor, Segments | None, Tensor]:
-    """The sink, its buffer, what remains to be added up, and the result for sums of `shape` over the tiles of a launch."""
-    out = torch.empty(shape, dtype=acc, device=device)
+class Terms(NamedTuple):
+    """The sums of the terms that a launch computes."""
+
+    sink: tl.constexpr = NOTHING
+    parts: Tensor | None = None  # what its programs write where the sink is TOTAL or ROWS
+    segments: Segments | None = None  # what remains to be added up
+    out: Tensor | None = None
+    factor: Factor = 1.0  # what remains to be multiplied; always 1 in the package's own reductions
+
+    def result(self) -> Tensor | None:
+        if isinstance(self.factor, Tensor) or self.factor != 1.0:
+            return self.out.mul_(self.factor)
+        return self.out
+
+
+def sums(fold: Fold, shape: torch.Size, scale: Factor, programs: int, empty: Callable[..., Tensor]) -> Terms:
+    """For sums of that shape over the tiles of a launch; `empty` makes buffers in the dtype of the arithmetic."""
+    out = empty(shape)
     if not shape:
-        parts = torch.empty(programs, dtype=acc, device=device)
-        return TOTAL, parts, Segments(parts, out, 1, 1, programs, scale), out
-    inner = f.per_out * f.chunks
+        parts = empty(programs)
+        return Terms(TOTAL, parts, Segments(parts, out, 1, 1, programs, scale), out)
+    inner = fold.per_out * fold.chunks
     if inner == 1:
-        return ROWS, out, None, out
-    parts = torch.empty(f.rows * f.chunks, dtype=acc, device=device)
-    return ROWS, parts, Segments(parts, out, 1, f.rows // f.per_out, inner, scale), out
+        return Terms(ROWS, out, None, out, scale)
+    parts = empty(fold.rows * fold.chunks)
+    return Terms(ROWS, parts, Segments(parts, out, 1, fold.rows // fold.per_out, inner, scale), out)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastelbo
-from fastelbo import backend, cli, eager
+from fastelbo import backend, cli
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -30,7 +30,7 @@ def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
 def no_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nobody set FASTELBO_IMPL."""
     monkeypatch.delenv("FASTELBO_IMPL", raising=False)
-    monkeypatch.setattr(backend, "_DEFAULT", "auto")
+    monkeypatch.setattr(backend, "DEFAULT", "auto")
 
 
 def test_module_and_script_are_the_same() -> None:
@@ -125,7 +125,7 @@ def test_info_follows_the_environment(default: str, served: str, traced: str, tm
 
 def test_info_says_what_a_trace_does(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     """The one row that is not asked of `backend.choose`."""
-    module = {"torch": eager, "reference": None}[rows(capsys)[f"{device.type} tensors, torch.compile"][0]]
+    module = {"torch": backend.EAGER, "reference": None}[rows(capsys)[f"{device.type} tensors, torch.compile"][0]]
 
     def traced(x: torch.Tensor) -> torch.Tensor:
         return x + (1 if backend.choose(None, x.device) is module else 0)
@@ -141,14 +141,13 @@ def test_info_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     class Properties:
         name, total_memory, major, minor = "Some GPU", 80 * 2**30, 9, 0
 
-    kernels = object()
+    kernels = backend.EAGER._replace(name="fastelbo.kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(cli, "nvidia_driver", lambda: "570.1")
-    monkeypatch.setattr(backend, "kernels", lambda: kernels)
-    monkeypatch.setattr(backend, "choose", lambda impl, device: eager if (impl, device.type) == (None, "cpu") else kernels)
+    monkeypatch.setattr(backend, "choose", lambda impl, device: backend.EAGER if (impl, device.type) == (None, "cpu") else kernels)
     found = rows(capsys)
     assert found["cuda tensors"] == ("triton", "GPU tensors, and triton is installed")
     assert found["cuda tensors, float64"][0] == "triton"
@@ -156,7 +155,7 @@ def test_info_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert found["cpu tensors"][0] == "torch"
     assert cli.describe(cli.devices()[1]) == "Some GPU, 80.0 GiB, capability 9.0, driver 570.1"
 
-    monkeypatch.setattr(backend, "choose", lambda impl, device: eager)
+    monkeypatch.setattr(backend, "choose", lambda impl, device: backend.EAGER)
     assert rows(capsys)["cuda tensors"] == ("torch", "GPU tensors, but triton is not installed")
 
 

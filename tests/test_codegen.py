@@ -45,7 +45,8 @@ def test_no_spills_and_16_byte_accesses(target: str, tmp_path: Path, native_env:
 SPECIALISATIONS = """
 import torch, fastelbo
 from benchmarks.codegen import launches, source
-from fastelbo.kernels import linear_nll_backward, linear_nll_forward
+from fastelbo.kernels import linear_nll
+from fastelbo.specs import Likelihood, Linear, LinearInputs
 
 def keys(call):
     return {
@@ -64,11 +65,11 @@ def sample(batch, seed):
 
 def linear(batch, d=784, width=32, scale=1.0, keep=0, samples=1):
     h, x, weight = torch.zeros(samples * batch, width), torch.zeros(batch, d), torch.zeros(d, width)
-    inputs = h, x, weight, torch.zeros(d), torch.zeros(d)
+    inputs, spec = LinearInputs(h, x, weight, torch.zeros(d), torch.zeros(d)), Linear(Likelihood(keep, scale))
     if keep:
-        linear_nll_backward(*inputs, 1, scale, torch.ones(len(h)), None, (True,) * 5)
+        linear_nll.backward(inputs, spec, (torch.ones(len(h)),), (True,) * 5, None)
     else:
-        linear_nll_forward(*inputs, True, 0, scale, None, (True,) * 5)
+        linear_nll.forward(inputs, spec, (True,) * 5)
 
 def products(calls):
     # What adds partial sums up is launched only where there are some.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -12,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NO_KERNELS
+from cases import NO_KERNELS, Backend
 
 import fastelbo
-from fastelbo import cli, eager, functional
-from fastelbo.compare import BOUND, DTYPES, FIXED, OPS, Case, Comparison, Op, ulp_of
+from fastelbo import cli, composed, functional
+from fastelbo.eager import walk
+from fastelbo.numerics import compare as module
+from fastelbo.numerics import peers, report, tolerance
+from fastelbo.numerics.compare import DTYPES, OPS, Case, Comparison, Op, ulp_of
+from fastelbo.numerics.oracle import kl_terms
+from fastelbo.numerics.peers import FIXED
+from fastelbo.numerics.report import BOUND
+from fastelbo.specs import KL, LatentInputs
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-
-# `fastelbo.compare` is the function.
-module: Any = importlib.import_module("fastelbo.compare")
 
 CPU = torch.device("cpu")
 SMALL = (16, 50)
@@ -65,7 +68,7 @@ def test_the_oracle_is_the_reference(op: Op, logvar_range: tuple[float, float]) 
     # gaussian_nll_loss takes no impl, but torch has it.
     call = op.library if op.function == "gaussian_nll_loss" else lambda v: op.fused("reference", v)
     want = module.differentiate(call, v, op.learned, ups)
-    found = module.oracle(op, v, ups)
+    found = op.truth(v, ups)
     assert len(found) == len(want) == len(op.results) + len(op.learned)
     for (truth, size), exact in zip(found, want, strict=True):
         torch.testing.assert_close(truth, exact.detach(), rtol=1e-9, atol=0)
@@ -75,7 +78,7 @@ def test_the_oracle_is_the_reference(op: Op, logvar_range: tuple[float, float]) 
 def test_the_oracles_kl_is_exact() -> None:
     mpmath = pytest.importorskip("mpmath")
     v = torch.tensor([1e-12, -1e-8, 1e-4, -0.1, 0.4999, -0.5001, 3.0, -30.0], dtype=torch.float64, requires_grad=True)
-    _, term = module.terms_of_kl(torch.zeros_like(v), v)
+    _, term = kl_terms(LatentInputs(torch.zeros_like(v), v), KL())
     (slope,) = torch.autograd.grad(term.sum(), v)
     with mpmath.workdps(60):
         for x, kl, d in zip(v.tolist(), term.tolist(), slope.tolist(), strict=True):
@@ -88,7 +91,7 @@ def test_sizes_across_a_layer() -> None:
     op = next(op for op in OPS if op.name == "linear_gaussian_nll/element")
     v = {"h": [[2.0, -3.0]], "weight": [[1.0, 4.0]], "bias": [0.0], "x": [[-9.5]], "logvar": [math.log(0.25)]}
     wide = {name: torch.tensor(value, dtype=torch.float64) for name, value in v.items()}
-    found = module.oracle(op, wide, [torch.tensor([-2.0], dtype=torch.float64)])
+    found = op.truth(wide, [torch.tensor([-2.0], dtype=torch.float64)])
     exact = {name: [t.flatten().tolist() for t in pair] for name, pair in zip(["nll", *op.learned], found, strict=True)}
     # The residual is 2 * 1 - 3 * 4 + 9.5 = -1/2, made of 2 + 12 + 9.5 = 23.5; the slope is -2 times that over 1/4.
     logs = 0.5 * math.log(2 * math.pi), 0.5 * math.log(0.25)
@@ -194,8 +197,8 @@ BROKEN = [
     ("elbo", 2, "elbo_loss/scalar", "d recon_logvar"),
     ("elbo", 4, "elbo_loss/fixed", "d logvar"),
     ("elbo_terms", 3, "elbo_terms", "d mu"),
-    ("nll", 1, "gaussian_nll/logvar", "d x"),
-    ("nll", 2, "gaussian_nll_loss", "d var"),
+    ("gaussian_nll", 1, "gaussian_nll/logvar", "d x"),
+    ("gaussian_nll", 2, "gaussian_nll_loss", "d var"),
     ("latent", 0, "reparameterize", "d mu"),
     ("latent", 1, "gaussian_kl/standard", "d logvar"),
     ("latent", 3, "gaussian_kl/prior", "d prior_logvar"),
@@ -214,26 +217,16 @@ BROKEN = [
 def test_a_broken_gradient_is_caught(
     kernel: str, which: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
 ) -> None:
-    def off(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-        if isinstance(grads, eager._Slopes):
-            field = {1: "expm1", 3: "curve"}[which]
-            return grads._replace(**{field: getattr(grads, field) * (1 + 1e-3)})
-        return tuple(g if g is None or i != which else g * (1 + 1e-3) for i, g in enumerate(grads))
+    plain = Backend("torch", CPU)
+    right = getattr(plain.ops(), kernel).backward
 
-    def breaks(function: str) -> None:
-        right = getattr(eager, function)
+    def off(*args: Any, **options: Any) -> tuple[Any, ...]:
+        return tuple(g if g is None or i != which else g * (1 + 1e-3) for i, g in enumerate(right(*args, **options)))
 
-        def wrong(*args: Any, **options: Any) -> Any:
-            found = right(*args, **options)
-            if function.endswith("_backward"):
-                return off(found)
-            # A forward pass may have the gradients ready, as the last of what it returns.
-            return (*found[:-1], off(found[-1])) if isinstance(found[-1], tuple) else found
-
-        monkeypatch.setattr(eager, function, wrong)
-
-    for function in {f"{kernel}_forward", f"{kernel}_backward"} & set(vars(eager)):
-        breaks(function)
+    plain.replace(monkeypatch, kernel, backward=off)
+    # The op that is made of others is made of the broken one.
+    whole = composed.linear_elbo(plain.ops().latent, plain.ops().linear_nll)
+    plain.replace(monkeypatch, "linear_elbo", **whole._asdict())
     status, out, err = command("--op", op, "--dtype", "float32", "--shape", "16,50", "--json", tmp_path / "f.json")
     assert (status, err) == (1, "")
     facts = json.loads((tmp_path / "f.json").read_text())
@@ -271,7 +264,7 @@ def test_a_wrong_and_a_lost_value_are_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_many_failures_are_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LUCK", 0.0)
+    monkeypatch.setattr(tolerance, "LUCK", 0.0)
     monkeypatch.setattr(module, "SLACK", -20.0)
     result = fastelbo.compare(dtype="float32", shape=(3, 4), logvar_range=(-1.0, 1.0))
     kinds = sum(len(op.results) + len(op.learned) for op in OPS)
@@ -279,8 +272,8 @@ def test_many_failures_are_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     head, verdict, *told = str(result).splitlines()
     assert head.startswith(f"{kinds} results, seed 0. Bound: ")
     assert verdict == f"{kinds} are NOT within it. The worst of each kind:"
-    assert len(told) == module.TOLD + 1
-    assert told[-1] == f"and {kinds - module.TOLD} more kinds"
+    assert len(told) == report.TOLD + 1
+    assert told[-1] == f"and {kinds - report.TOLD} more kinds"
 
 
 def test_what_eager_alone_loses_is_no_failure(command: Command) -> None:
@@ -361,12 +354,12 @@ def test_default_cases() -> None:
     assert {(c.shape, c.logvar_range) for c in cases if c.dtype == torch.bfloat16} == {
         (shape, r) for shape in module.SHAPES for r in module.RANGES
     }
-    # More than the backend takes in one block, of the likelihood in float32 too.
-    assert math.prod(module.LARGE) * 4 > eager.BLOCK
+    # More than the backend takes in one run.
+    assert math.prod(module.LARGE) > walk.RUN
     large = [c for c in cases if c.shape == module.LARGE]
     # A layer's weight is as large as x at most, or no larger than WEIGHTS.
     assert {c.op.size("weight", c.shape) for c in large if c.op.is_linear} == {(270_001, 3)}
-    assert OPS[-1].size("weight", (64, 28, 28)) == (784, module.HIDDEN)
+    assert OPS[-1].size("weight", (64, 28, 28)) == (784, peers.HIDDEN)
     assert OPS[-1].size("x", (64, 28, 28)) == (64, 784)
     assert OPS[-1].size("weight", (1, module.MAX_ELEMENTS)) == (module.MAX_ELEMENTS, 1)
     assert {c.op.name for c in large} == {op.name for op in OPS}

@@ -108,7 +108,7 @@ WHOLE = {
     "elbo_terms": "elbo_terms",
     "elbo_loss-float": "elbo_loss",
     "ELBOLoss": "elbo_loss",
-    "kl": "_latent",
+    "kl": "of_posterior",
 }
 
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.triton
 
 import fastelbo.kernels.launch as launch  # noqa: E402
 from fastelbo import kernels  # noqa: E402
-from fastelbo.kernels.gaussian_nll import nll_kernel  # noqa: E402
+from fastelbo.kernels.gaussian_nll import NLLArgs, nll_kernel  # noqa: E402
+from fastelbo.kernels.latent import LatentArgs  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -151,8 +152,8 @@ OPS |= {
     ),
     "linear_elbo_loss, rows that start anywhere": (
         lambda dev: _linear(dev, j=21),
-        ["latent_kernel", "finish_kernel", "rows_kernel", "columns_kernel", "finish_kernel", "latent_kernel"],
-        ["scale_kernel"],
+        ["latent_kernel", "finish_kernel", "rows_kernel", "columns_kernel", "finish_kernel"],
+        ["scale_kernel", "latent_kernel"],
     ),
     "linear_gaussian_nll": (lambda dev: _layer(dev, "sum"), ["rows_kernel", "columns_kernel", "finish_kernel"], ["scale_kernel"]),
     "linear_gaussian_nll, per sample": (lambda dev: _layer(dev, "none"), ["rows_kernel"], ["rows_kernel", "columns_kernel"]),
@@ -177,8 +178,11 @@ def test_no_gradients_are_written_without_grad_mode(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch, "start", lambda k, p, args: (seen.append(args), start(k, p, args)))
     with torch.no_grad():
         fastelbo.elbo_loss(*_inputs(device), impl="triton")
-    nll_tensors = seen[0][4]
-    assert nll_tensors[5:8] == (None, None, None)
+    nll, latent = (arg for arg in seen[0] if isinstance(arg, (NLLArgs, LatentArgs)))
+    tensors = {**nll.tensors._asdict(), **latent.tensors._asdict()}
+    given = {name for name, operand in tensors.items() if operand is not None}
+    assert given == {"recon", "x", "mu", "logvar"}
+    assert nll.variance_parts is None
 
 
 def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +203,10 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
             # A program that strides from the first tile to one of the last, which holds elements past 2**31.
             tiles = math.ceil(n / launch.TILE)
             for step in (tiles - 3, tiles - 1):
-                kernel[(1,)](step, *args[1:])
-                sums.append(float(args[4][-1][0]))
+                _programs, *others = args
+                kernel[(1,)](step, *others)
+                (nll,) = (arg for arg in args if isinstance(arg, NLLArgs))
+                sums.append(float(nll.parts[0]))
 
     monkeypatch.setattr(launch, "start", ends_only)
     fastelbo.gaussian_nll(recon, x, full=False, reduction="sum", impl="triton")
@@ -226,7 +232,7 @@ def test_row_offsets_are_64_bit() -> None:
     assert int(out.max()) > 2**31
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: str(p.relative_to(KERNELS)))
 def test_every_masked_load_states_what_it_reads_elsewhere(path: Path) -> None:
     """The interpreter reads zeros under a mask where a GPU reads anything at all."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -15,9 +15,12 @@ pytest.importorskip("triton")
 
 from cases import TRITON
 
-import fastelbo.kernels.linear_elbo as linear
-from fastelbo import eager, kernels
-from fastelbo.reference import accumulate_dtype
+import fastelbo.eager.linear as torch_tiles
+import fastelbo.kernels.linear.host as host
+from fastelbo import backend, kernels
+from fastelbo.dtypes import accumulate_dtype
+from fastelbo.kernels.linear import linear_limits, tiles
+from fastelbo.specs import Likelihood, Linear, LinearInputs, Op
 
 pytestmark = TRITON.marks
 
@@ -31,7 +34,7 @@ def draw(
     device: torch.device, b: int, d: int, width: int, *, samples: int = 1, var: str = "columns", bias: bool = True,
     dtypes: Sequence[torch.dtype] = (F32,),
 ) -> list[Any]:  # fmt: skip
-    """h, x, weight, bias, var, whose dtypes are taken in turn from `dtypes`."""
+    """h, x, weight, bias and var, which may be a number; dtypes are taken in turn from `dtypes`."""
     shapes: list[Any] = [(samples * b, width), (b, d), (d, width), (d,) if bias else None]
     shapes.append({"float": None, "0d": (), "one": (1,), "columns": (d,)}[var])
     tensors = [None if s is None else 0.5 * torch.randn(s) for s in shapes]
@@ -40,6 +43,37 @@ def draw(
     if var == "float":
         inputs[4] = 0.4
     return inputs
+
+
+def dtype_of(inputs: list[Any]) -> torch.dtype:
+    """Of the arithmetic."""
+    return accumulate_dtype(*(t for t in inputs if isinstance(t, Tensor)))
+
+
+def served(inputs: list[Any], full: bool, keep: int, scale: Any, precision: str | None) -> tuple[Op, LinearInputs, Linear]:
+    """The op that serves impl="triton", which for a wide h and for float64 is plain PyTorch, and its records."""
+    *tensors, var = inputs
+    records = LinearInputs(*tensors, var if isinstance(var, Tensor) else None)
+    logvar = 0.0 if isinstance(var, Tensor) else var
+    chosen = backend.choose_linear("triton", records)
+    assert chosen is not None
+    return chosen.linear_nll, records, Linear(Likelihood(keep, scale, logvar=logvar, full=full), precision)
+
+
+def forward(
+    inputs: list[Any], full: bool, keep: int, scale: Any, precision: str | None, needs: tuple[bool, ...]
+) -> tuple[Tensor, Any]:
+    op, records, spec = served(inputs, full, keep, scale, precision)
+    (nll,), kept = op.forward(records, spec, needs)
+    assert nll is not None
+    return nll, kept
+
+
+def backward(
+    inputs: list[Any], keep: int, scale: Any, grad: Tensor, precision: str | None, needs: tuple[bool, ...], kept: Any = None
+) -> tuple[Tensor | None, ...]:
+    op, records, spec = served(inputs, True, keep, scale, precision)
+    return op.backward(records, spec, (grad,), needs, kept)
 
 
 def formula(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, var: Any, full: bool, keep: int, scale: float) -> Tensor:
@@ -76,7 +110,7 @@ def assert_right(got: Tensor | None, want: Tensor, size: Tensor, what: str, inpu
     assert got.dtype == dtype, what
     assert tuple(got.shape) == tuple(want.shape), what
     assert got.is_contiguous(), what
-    acc = accumulate_dtype(*inputs)
+    acc = dtype_of(inputs)
     operands = torch.promote_types(inputs[0].dtype, inputs[2].dtype)
     # `size` is the sum of what is added up, without signs: a matrix product in acc is off by a rounding of each term and of each
     # partial sum, of which a few hundred terms leave less than 8 at the size of the whole. A missing term would be far more.
@@ -93,24 +127,24 @@ def assert_right(got: Tensor | None, want: Tensor, size: Tensor, what: str, inpu
 
 def check(inputs: list[Any], keep: int, *, full: bool = True, scale: Any = 0.7, precision: str | None = None) -> None:
     device = inputs[1].device
-    count, acc = len(inputs[0]), accumulate_dtype(*inputs)
+    count, acc = len(inputs[0]), dtype_of(inputs)
     needs = tuple(isinstance(t, Tensor) for t in inputs)
     before = [t.clone() if isinstance(t, Tensor) else t for t in inputs]
     grad = torch.randn(count if keep else (), dtype=acc).to(device)
     factor = float(scale)
     want, grads, sizes = oracle(inputs, full, keep, factor, grad)
-    nll, ready = linear.linear_nll_forward(*inputs, full, keep, scale, precision, needs)
+    nll, ready = forward(inputs, full, keep, scale, precision, needs)
     assert_right(nll, want, sizes[0], "nll", inputs, acc)
     early = keep == 0 and torch.float16 not in [t.dtype for t in inputs if isinstance(t, Tensor)]
     assert (ready is not None) == early
-    got = linear.linear_nll_backward(*inputs, keep, scale, grad, precision, needs)
+    got = backward(inputs, keep, scale, grad, precision, needs)
     rows = [(got, grads, sizes[1:], "gradient of")]
     if ready is not None:
         ones = torch.ones((), dtype=acc, device=device)
         _, unit, unit_sizes = oracle(inputs, full, keep, factor, ones)
         rows.append((ready, unit, unit_sizes[1:], "gradient of"))
         # The same with a factor of 1 more, up to the rounding of the factor.
-        again = linear.linear_nll_backward(*inputs, keep, scale, ones, precision, needs)
+        again = backward(inputs, keep, scale, ones, precision, needs)
         for a, b in zip(ready, again, strict=True):
             assert a is b is None or torch.allclose(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=2.0**-24)
     for found, wanted, size, what in rows:
@@ -131,7 +165,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         out = empty(*args, **options)
         return out.fill_(math.nan) if out.is_floating_point() else out
 
-    monkeypatch.setattr(linear.torch, "empty", nan)
+    monkeypatch.setattr(host.torch, "empty", nan)
 
 
 SIZES = [(1, 1, 1), (2, 3, 16), (65, 63, 5), (17, 333, 33), (129, 70, 101), (300, 33, 64), (3, 700, 20)]
@@ -180,9 +214,9 @@ def test_samples(size: tuple[int, int, int], samples: int, keep: int, device: to
 def test_wide_h_and_several_blocks(samples: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (0, 1):
         check(draw(device, 19, 83, 261, samples=samples, dtypes=(dtype,)), keep)
-    monkeypatch.setattr(eager, "TILE", 2000)
-    monkeypatch.setattr(eager, "TILE_ROWS", 50)
-    monkeypatch.setattr(eager, "DEVICE_TILE", 2000)
+    monkeypatch.setattr(torch_tiles, "TILE", 2000)
+    monkeypatch.setattr(torch_tiles, "TILE_ROWS", 50)
+    monkeypatch.setattr(torch_tiles, "DEVICE_TILE", 2000)
     for keep, var in itertools.product((0, 1), ("float", "columns")):
         check(draw(device, 90, 83, 261, samples=samples, var=var, dtypes=(dtype,)), keep, precision="tf32x3")
 
@@ -195,16 +229,16 @@ def test_wide_h_in_half_precision(
 ) -> None:
     """On a GPU torch multiplies halves as they are. Elsewhere a product stands in that has the same inputs and the same sums."""
 
-    def product(total: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
+    def product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
         assert a.dtype == b.dtype
-        total.copy_(alpha * (a.float() @ b.float()) + (beta * total if beta else 0.0))
+        total.copy_(a.float() @ b.float() + (beta * total if beta else 0.0))
 
     if device.type == "cpu":
-        monkeypatch.setattr(eager, "_multiplies_halves", lambda x: True)
-        monkeypatch.setattr(eager, "_readable", lambda t: False)
-        monkeypatch.setattr(eager, "_product", product)
-    monkeypatch.setattr(eager, "DEVICE_TILE", 2000)
-    monkeypatch.setattr(eager, "TILE_ROWS", 50)
+        monkeypatch.setattr(torch_tiles, "_multiplies_halves", lambda x, acc: acc == F32)
+        monkeypatch.setattr(torch_tiles, "on_host", lambda t: False)
+        monkeypatch.setattr(torch_tiles, "_product", product)
+    monkeypatch.setattr(torch_tiles, "DEVICE_TILE", 2000)
+    monkeypatch.setattr(torch_tiles, "TILE_ROWS", 50)
     for var in ("float", "0d", "columns"):
         check(draw(device, 90, 83, 261, samples=samples, var=var, dtypes=dtypes), keep, scale=0.05)
 
@@ -223,14 +257,14 @@ def test_every_subset_of_gradients(width: int, device: torch.device) -> None:
     inputs = draw(device, 30, 90, width, samples=2)
     for keep in (0, 1):
         grad = torch.randn(60 if keep else (), device=device)
-        together = linear.linear_nll_backward(*inputs, keep, 0.7, grad, None, ALL)
+        together = backward(inputs, keep, 0.7, grad, None, ALL)
         for needs in itertools.product((False, True), repeat=5):
-            grads = linear.linear_nll_backward(*inputs, keep, 0.7, grad, None, needs)
+            grads = backward(inputs, keep, 0.7, grad, None, needs)
             assert [g is not None for g in grads] == list(needs)
             for g, w in zip(grads, together, strict=True):
                 if g is not None:
                     torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5 * float(w.abs().max()))
-    nll, ready = linear.linear_nll_forward(*inputs, True, 0, 0.7, None, (False,) * 5)
+    nll, ready = forward(inputs, True, 0, 0.7, None, (False,) * 5)
     assert ready is None
     assert not nll.isnan()
 
@@ -255,8 +289,8 @@ def test_scale_and_upstream_gradients_on_the_device(device: torch.device) -> Non
         check(draw(device, 20, 60, 20), keep, scale=torch.tensor(-0.3, device=device))
     inputs = draw(device, 20, 60, 20)
     for grad in (torch.randn(40, device=device)[::2], torch.tensor(1.5, device=device).expand(20)):
-        got = linear.linear_nll_backward(*inputs, 1, 0.7, grad, None, ALL)
-        want = linear.linear_nll_backward(*inputs, 1, 0.7, grad.contiguous(), None, ALL)
+        got = backward(inputs, 1, 0.7, grad, None, ALL)
+        want = backward(inputs, 1, 0.7, grad.contiguous(), None, ALL)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -266,7 +300,7 @@ def test_split_walks_are_exact_and_repeatable(device: torch.device) -> None:
         inputs = draw(device, *size, samples=samples)
         check(inputs, 0)
         check(draw(device, *size, samples=samples, dtypes=(torch.bfloat16,)), 1)
-        first, second = (linear.linear_nll_forward(*inputs, True, 0, 0.7, None, ALL) for _ in range(2))
+        first, second = (forward(inputs, True, 0, 0.7, None, ALL) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
@@ -275,7 +309,7 @@ def test_split_walks_are_exact_and_repeatable(device: torch.device) -> None:
 def test_an_infinite_inverse_variance_stays_in_its_column(device: torch.device) -> None:
     inputs = draw(device, 7, 65, 5)
     inputs[4][3] = -200.0
-    nll, grads = linear.linear_nll_forward(*inputs, True, 0, 1.0, None, ALL)
+    nll, grads = forward(inputs, True, 0, 1.0, None, ALL)
     assert nll == math.inf
     others = torch.arange(65, device=device) != 3
     assert not grads[2][3].isfinite().any()
@@ -283,7 +317,7 @@ def test_an_infinite_inverse_variance_stays_in_its_column(device: torch.device) 
     assert grads[4][3] == -math.inf
     assert all(bool(g[others].isfinite().all()) for g in grads[2:])
     assert not grads[0].isfinite().any()
-    _, grads = linear.linear_nll_forward(*inputs[:4], -200.0, True, 0, 1.0, None, (True,) * 4 + (False,))
+    _, grads = forward([*inputs[:4], -200.0], True, 0, 1.0, None, (True,) * 4 + (False,))
     # Residuals beyond the last column are 0, and would be NaN times infinity.
     assert bool(grads[1].isinf().all())
 
@@ -291,25 +325,25 @@ def test_an_infinite_inverse_variance_stays_in_its_column(device: torch.device) 
 def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for setting, name in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        assert linear._products(F32, None, "cuda") == name
-        assert linear._products(F32, "ieee", "cuda") == "ieee"
-        assert linear._products(F32, None, "hip") == "ieee"
-        assert linear._products(torch.bfloat16, None, "cuda") == "bf16"
-        assert linear._products(torch.float16, None, "cuda") == "fp16"
+        assert tiles.products_of(F32, None, "cuda") == name
+        assert tiles.products_of(F32, "ieee", "cuda") == "ieee"
+        assert tiles.products_of(F32, None, "hip") == "ieee"
+        assert tiles.products_of(torch.bfloat16, None, "cuda") == "bf16"
+        assert tiles.products_of(torch.float16, None, "cuda") == "fp16"
 
 
 def test_a_tile_is_on_the_table_for_every_width() -> None:
-    for backend, kinds in (("cuda", ("bf16", "fp16", "tf32", "tf32x3", "ieee")), ("hip", ("bf16", "fp16", "ieee"))):
+    for name, kinds in (("cuda", ("bf16", "fp16", "tf32", "tf32x3", "ieee")), ("hip", ("bf16", "fp16", "ieee"))):
         for kind in kinds:
-            assert set(linear.TILES[backend][kind]) == {2**k for k in range(4, 1 + linear.WIDEST.bit_length() - 1)}
+            assert set(tiles.TILES[name][kind]) == {2**k for k in range(4, 1 + linear_limits.hidden.bit_length() - 1)}
 
 
 def test_scaling_ready_gradients(device: torch.device) -> None:
-    """`scale_gradients` takes these five as it takes the seven of an ELBO."""
+    """A first backward multiplies what the forward pass kept by the upstream gradient."""
     inputs = draw(device, 5, 40, 6)
-    _, ready = linear.linear_nll_forward(*inputs, True, 0, 1.0, None, ALL)
+    _, ready = forward(inputs, True, 0, 1.0, None, ALL)
     want = [2 * g for g in ready]
-    got = kernels.scale_gradients(ready, torch.tensor(2.0, device=device))
+    got = backward(inputs, 0, 1.0, torch.tensor(2.0, device=device), None, ALL, ready)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

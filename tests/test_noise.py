@@ -89,10 +89,11 @@ def torch_philox(seed: int, counters: Tensor, device: torch.device) -> Tensor:
     return torch.stack(noise._philox(*counters.to(device), keys)).cpu()
 
 
-def torch_philox_in_place(seed: int, counters: Tensor, device: torch.device) -> Tensor:
-    x = counters.clone()
-    noise._philox_(x, noise._round_keys(noise.check_seed(seed, "cpu")), torch.empty((2, x.shape[1]), dtype=torch.int64))
-    return x
+def host_philox(seed: int, counters: Tensor, device: torch.device) -> Tensor:
+    c0, c1, c2, c3 = counters.numpy().astype(np.uint64)
+    even, odd = noise._host_philox(np.stack((c0, c2)), np.stack((c1, c3)), seed)
+    assert even.dtype == odd.dtype == np.uint32
+    return torch.from_numpy(np.stack((even[0], odd[0], even[1], odd[1])).astype(np.int64))
 
 
 def triton_normal_at(seed: int | Tensor, index: Tensor, device: torch.device) -> Tensor:
@@ -118,12 +119,18 @@ def box_muller(seed: int, counters: Tensor) -> np.ndarray:
     return out.ravel()
 
 
+def plain_normals(n: int, seed: int) -> Tensor:
+    """The plain expressions, which serve a GPU and every trace, on the CPU."""
+    counters = torch.arange((n + 3) // 4, dtype=torch.int64, device="cpu")
+    return noise._normals(counters, noise._round_keys(noise.check_seed(seed, "cpu")))[:n]
+
+
 def ulps(got: Tensor, true: np.ndarray) -> float:
     return float((np.abs(got.numpy().astype(np.float64) - true) / np.spacing(np.abs(true).astype(np.float32))).max())
 
 
 implementations = pytest.mark.parametrize(
-    "implementation", [pytest.param(triton_philox, marks=needs_triton), torch_philox, torch_philox_in_place]
+    "implementation", [pytest.param(triton_philox, marks=needs_triton), torch_philox, host_philox]
 )
 
 
@@ -166,13 +173,13 @@ def test_the_counter_is_64_bits_in_the_two_low_words(device: torch.device) -> No
         assert torch.equal(x.cpu(), torch_philox(seed, words, device))
 
 
-def test_torch_normals_are_accurate(device: torch.device) -> None:
+def test_normals_are_accurate(device: torch.device) -> None:
     n = 1 << 18
     for seed in SEEDS:
-        got = noise.philox_normal(n, seed, device=device).cpu()
         true = box_muller(seed, torch.arange(n // 4))
-        assert np.abs(got.numpy() - true).max() < 8e-7
-        assert ulps(got, true) < 5
+        for got in (noise.philox_normal(n, seed, device=device).cpu(), plain_normals(n, seed)):
+            assert np.abs(got.numpy() - true).max() < 8e-7
+            assert ulps(got, true) < 5
 
 
 @pytest.mark.triton
@@ -207,8 +214,7 @@ def test_noise_does_not_depend_on_the_block(device: torch.device) -> None:
 
 def test_noise_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = noise.philox_normal(1003, 7)
-    plain = noise._normals(torch.arange(251), noise._round_keys(noise.check_seed(7)))
-    torch.testing.assert_close(plain[:1003], whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(plain_normals(1003, 7), whole, rtol=1e-6, atol=0)
     for chunk in (1, 7, 64, 250, 251):
         monkeypatch.setattr(noise, "_CHUNK", chunk)
         torch.testing.assert_close(noise.philox_normal(1003, 7), whole, rtol=1e-6, atol=0)
@@ -246,6 +252,63 @@ def test_shapes_and_dtypes(device: torch.device) -> None:
         assert torch.equal(noise.philox_normal(30, 2, device=device, dtype=dtype), flat.to(dtype))
     with pytest.raises(ValueError, match="offset must not be negative, got -1"):
         noise.philox_normal(3, 2, offset=-1)
+
+
+def test_chunks_join_without_a_seam() -> None:
+    n = 4 * (2 * noise._CHUNK + 7)
+    whole = noise.philox_normal(n, 13)
+    assert torch.equal(noise.philox_normal(n, 13), whole)
+    torch.testing.assert_close(whole, plain_normals(n, 13), rtol=1e-6, atol=0)
+    seam = 4 * noise._CHUNK
+    torch.testing.assert_close(noise.philox_normal(10, 13, offset=seam - 5), whole[seam - 5 : seam + 5], rtol=1e-6, atol=0)
+
+
+def test_the_result_is_a_tensor_like_any_other() -> None:
+    z = noise.philox_normal((2, 3), 5)
+    assert (z.is_contiguous(), z.requires_grad, z.is_leaf) == (True, False, True)
+    kept = z.clone()
+    z.mul_(2).add_(1)  # its memory is its own
+    assert torch.equal(noise.philox_normal((2, 3), 5), kept)
+    with np.errstate(all="raise"):
+        assert torch.equal(noise.philox_normal((2, 3), 5), kept)
+
+
+@pytest.mark.parametrize("how", ["within", "set"])
+def test_a_default_device_or_dtype_changes_nothing(how: str) -> None:
+    want = noise.philox_normal((4, 5), 3, device="cpu")
+    seed = torch.tensor(3)
+    mu = torch.zeros(2, 5)
+
+    def results() -> list[Tensor]:
+        # Given nothing but a number, noise is the default device's.
+        assert noise.philox_normal(3, 3).device.type == "meta"
+        return [
+            noise.philox_normal((4, 5), seed),
+            noise.philox_normal((4, 5), 3, device="cpu"),
+            noise.sample_noise(mu, seed, 2).view(4, 5),
+            plain_normals(20, 3).view(4, 5),
+            noise.check_seed(3, "cpu"),
+            noise.draw_seed("cpu"),
+        ]
+
+    try:
+        if how == "set":
+            torch.set_default_device("meta")
+            torch.set_default_dtype(torch.float64)
+            got = results()
+        else:
+            with torch.device("meta"):
+                got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    *normals, checked, drawn = got
+    for z in normals:
+        assert (z.device.type, z.dtype) == ("cpu", torch.float32)
+        torch.testing.assert_close(z, want, rtol=1e-6, atol=0)
+    assert (checked.device.type, checked.dtype, checked.item()) == ("cpu", torch.int64, 3)
+    assert (drawn.device.type, drawn.dtype) == ("cpu", torch.int64)
+    assert torch.equal(noise.philox_normal((4, 5), seed), want)
 
 
 def test_every_bit_of_the_seed_counts() -> None:
@@ -330,6 +393,28 @@ def test_draw_seed(device: torch.device) -> None:
     assert noise.draw_seed(device) != first
     torch.manual_seed(3)
     assert noise.draw_seed(device) == first
+
+
+def test_a_seed_that_something_looks_at_takes_the_plain_expressions() -> None:
+    """What NumPy computes would be a constant of a graph, or have no value to compute from."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def draw(seed: Tensor) -> Tensor:
+        return noise.philox_normal((3, 5), seed)
+
+    first, second = torch.tensor(4), torch.tensor(-9)
+    with FakeTensorMode() as mode:
+        fake = draw(mode.from_tensor(first))
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype, fake.device.type) == ((3, 5), torch.float32, "cpu")
+        assert isinstance(noise.philox_normal((3, 5), 4, device="cpu"), FakeTensor)
+    assert draw(torch.empty((), dtype=torch.int64, device="meta")).device.type == "meta"
+    for traced in (make_fx(draw)(first), torch.jit.trace(draw, (first,))):
+        for seed in (first, second):
+            torch.testing.assert_close(traced(seed), draw(seed), rtol=1e-6, atol=0)
+    each = torch.vmap(draw)(torch.stack((first, second)))
+    torch.testing.assert_close(each, torch.stack((draw(first), draw(second))), rtol=1e-6, atol=0)
 
 
 def test_compiles_whole_and_once(device: torch.device) -> None:

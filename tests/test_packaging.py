@@ -72,10 +72,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile, source
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
 
     expected = {"fastelbo/py.typed"}
-    for path in (source / "fastelbo").glob("*.py"):
-        expected.add(f"fastelbo/{path.name}")
-    for path in (source / "kernels").glob("*.py"):
-        expected.add(f"fastelbo/kernels/{path.name}")
+    for path in (source / "fastelbo").rglob("*.py"):
+        expected.add(f"fastelbo/{path.relative_to(source / 'fastelbo').as_posix()}")
+    for path in (source / "kernels").rglob("*.py"):
+        expected.add(f"fastelbo/kernels/{path.relative_to(source / 'kernels').as_posix()}")
     assert {"fastelbo/__init__.py", "fastelbo/kernels/__init__.py"} <= expected
 
     assert names - info == expected

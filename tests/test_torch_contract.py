@@ -28,7 +28,7 @@ DTYPES = sorted(OP.dtypes, key=str)
 def _default_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The function has torch's signature, hence no `impl`: FASTELBO_IMPL's place is where a test chooses."""
     if "backend" in request.fixturenames:
-        monkeypatch.setattr(chooser, "_DEFAULT", request.getfixturevalue("backend").impl)
+        monkeypatch.setattr(chooser, "DEFAULT", request.getfixturevalue("backend").impl)
 
 
 def samples(backend: Backend, dtype: torch.dtype) -> list[Any]:

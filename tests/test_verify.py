@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
+import gc
 import itertools
 import math
 import random
 import re
+import subprocess
+import sys
 import threading
 import warnings
 import zlib
@@ -36,10 +37,13 @@ from cases import (
 )
 
 import fastelbo
-from fastelbo import NumericsMismatch, eager, verify
+from fastelbo import NumericsMismatch, verify
 from fastelbo import backend as chooser
+from fastelbo.eager import walk
+from fastelbo.numerics.oracle import OUTPUTS
 
 Patch = pytest.MonkeyPatch
+EAGER = Backend("torch", CPU)
 NAMES = ("recon", "x", "recon_logvar", "mu", "logvar", "prior_mu", "prior_logvar")
 
 
@@ -52,9 +56,9 @@ def inputs(backend: Backend, layout: str = "chunk1", **patterns: str) -> Values:
     return leaves(make(NAMES, layout, seed=3, **patterns), device=backend.device)
 
 
-def wrap(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> None:
-    """Let `change(out, *args)` spoil what a function of a backend returns."""
-    real = getattr(module, name)
+def wrap(patch: Patch, backend: Backend, op: str, step: str, change: Callable[..., Any]) -> None:
+    """Let `change(out, *args)` spoil what a function of an op returns."""
+    real = getattr(getattr(backend.ops(), op), step)
 
     @functools.wraps(real)
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -62,13 +66,13 @@ def wrap(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> No
         changed = change(out, *args)
         return out if changed is None else changed
 
-    patch.setattr(module, name, broken)
+    backend.replace(patch, op, **{step: broken})
 
 
-def leave_to_backward(patch: Patch, module: Any) -> None:
-    """No forward pass has gradients ready but that of elbo_loss, which backends may choose for each call."""
-    for step in ("nll_forward", "latent_forward", "elbo_terms_forward"):
-        wrap(patch, module, step, lambda out, *_: (*out[:-1], None))
+def leave_to_backward(patch: Patch, backend: Backend) -> None:
+    """No forward pass has gradients ready except that of elbo_loss, which backends may choose for each call."""
+    for op in ("gaussian_nll", "latent", "elbo_terms"):
+        wrap(patch, backend, op, "forward", lambda out, *_: (out[0], None))
 
 
 # ---- right results ---------------------------------------------------------------------------------------------------------------
@@ -98,14 +102,14 @@ def combinations(name: str, count: int) -> list[tuple[str, str, dict[str, Any], 
     return out
 
 
-@pytest.mark.parametrize("block", [64, 1 << 21])
+@pytest.mark.parametrize("block", [64, walk.RUN])
 @pytest.mark.parametrize("name", list(OPS))
 @each_backend
 def test_right_results_pass(backend: Backend, name: str, block: int, monkeypatch: Patch) -> None:
     """Layouts, dtypes, reductions, weights and broadcasting; and the bits are those of the same calls outside."""
     if backend.impl == "triton" and block == 64:
-        pytest.skip("blocks are the plain-PyTorch backend's")
-    monkeypatch.setattr(eager, "BLOCK", block)
+        pytest.skip("runs are the plain-PyTorch backend's")
+    monkeypatch.setattr(walk, "RUN", block)
     op = OPS[name]
     for layout, dtype, options, patterns in combinations(name, 6 if backend.impl == "triton" else 21):
         weights = [n for n in patterns if n in ("mask", "weight")]
@@ -218,10 +222,10 @@ def test_what_overflows_must_be_infinite(backend: Backend, monkeypatch: Patch) -
     for wrong in (65504.0, -math.inf, math.nan):
 
         def lose(out: Any, *_: Any, wrong: float = wrong) -> None:
-            out[0][0, 0] = wrong
+            out[0][0][0, 0] = wrong
 
         with monkeypatch.context() as patch:
-            wrap(patch, backend.module, "latent_forward", lose)
+            wrap(patch, backend, "latent", "forward", lose)
             with pytest.raises(NumericsMismatch, match=r"z is off at \(0, 0\): .* where the oracle has 114651.688"), verify():
                 fastelbo.reparameterize(mu, logvar, eps=eps, impl=backend.impl)
     for numbers, message in (
@@ -229,7 +233,7 @@ def test_what_overflows_must_be_infinite(backend: Backend, monkeypatch: Patch) -
         ((math.nan, 1e30), r"\(0, 0\): 1.00000002e\+30 where the oracle has inf; 1 of 2 elements"),
     ):
         with monkeypatch.context() as patch:
-            wrap(patch, backend.module, "latent_forward", lambda out, *_, n=numbers: (None, out[1].nan_to_num(*n), None))
+            wrap(patch, backend, "latent", "forward", lambda out, *_, n=numbers: ((None, out[0][1].nan_to_num(*n)), None))
             with pytest.raises(NumericsMismatch, match=f"kl is off at {message}"), verify():
                 fastelbo.gaussian_kl(huge, huge, batch_dims=2, impl=backend.impl)
 
@@ -256,7 +260,11 @@ def test_close_to_the_prior(backend: Backend, monkeypatch: Patch) -> None:
             fastelbo.gaussian_kl(torch.zeros_like(logvar), logvar, batch_dims=1, impl=backend.impl).sum().backward()
         assert report.backwards == 1
     v = torch.full((2, 8), 1e-4, device=backend.device)
-    wrap(monkeypatch, backend.module, "latent_forward", lambda out, mu, lv, *_: (None, 0.5 * (lv.exp() - 1 - lv).sum(1), None))
+
+    def cancelled(_: Any, inputs: Any, *__: Any) -> Any:
+        return (None, 0.5 * (inputs.logvar.exp() - 1 - inputs.logvar).sum(1)), None
+
+    wrap(monkeypatch, backend, "latent", "forward", cancelled)
     with pytest.raises(NumericsMismatch, match=r"gaussian_kl: kl is off at \(0,\).*2 of 2 elements"), verify():
         fastelbo.gaussian_kl(torch.zeros_like(v), v, impl=backend.impl)
 
@@ -266,7 +274,7 @@ def test_sums_that_cancel(backend: Backend) -> None:
     """The constant against the logarithm, elementwise; and shares of both signs, of which the second half takes the first away."""
     x = torch.randn(4, 50, device=backend.device)
     with verify() as report:
-        for level in (-fastelbo.reference.LOG_2PI, -2.0, 0.0):
+        for level in (-math.log(2 * math.pi), -2.0, 0.0):
             logvar = torch.full_like(x, level) + 1e-4 * torch.randn_like(x)
             for full, batch_dims in itertools.product((True, False), (0, 2)):
                 fastelbo.gaussian_nll(x, x, logvar=logvar, full=full, batch_dims=batch_dims, impl=backend.impl)
@@ -298,8 +306,8 @@ def test_nothing_under_a_mask_and_a_mask_that_leaks(backend: Backend, monkeypatc
     def leak(out: Any, *_: Any) -> None:
         out[0][0, 0] = math.nan
 
-    leave_to_backward(monkeypatch, backend.module)
-    wrap(monkeypatch, backend.module, "elbo_terms_backward", leak)
+    leave_to_backward(monkeypatch, backend)
+    wrap(monkeypatch, backend, "elbo_terms", "backward", leak)
     with (
         pytest.raises(NumericsMismatch, match=r"the gradient of recon is off at \(0, 0, .*: nan where the oracle has 0,"),
         verify(),
@@ -404,65 +412,76 @@ def total_kl(v: Values, impl: str) -> torch.Tensor:
     return fastelbo.gaussian_kl(v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], reduction="sum", impl=impl)
 
 
+def with_terms(v: Values, impl: str) -> torch.Tensor:
+    return elbo(v, impl, beta=0.5, return_terms=True)[0]
+
+
 LATENT = ("mu", "logvar", "prior_mu", "prior_logvar")
 NLL = ("recon", "x", "logvar")
-# The function of the backend; a call that runs it; the op's name in messages, and those of the gradients or values that it returns.
-GRADIENTS: list[tuple[str, Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
-    ("nll_backward", nll, "gaussian_nll", NLL),
-    ("latent_backward", latent, "reparameterize_kl", LATENT),
-    ("elbo_terms_backward", per_row, "elbo_loss", NAMES),
-    ("elbo_forward", whole, "elbo_loss", NAMES),
-    ("scale_gradients", whole, "elbo_loss", NAMES),
+# The backend's function that is wrong; a call that runs it; the op's name in messages, and those of the gradients or values.
+GRADIENTS: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
+    (("gaussian_nll", "backward"), nll, "gaussian_nll", NLL),
+    (("latent", "backward"), latent, "reparameterize_kl", LATENT),
+    (("elbo_terms", "backward"), per_row, "elbo_loss", NAMES),
+    (("elbo", "forward"), whole, "elbo_loss", NAMES),
+    (("elbo", "backward"), whole, "elbo_loss", NAMES),
     # Where a backend chooses to write them early:
-    ("nll_forward", nll, "gaussian_nll", NLL),
-    ("latent_forward", total_kl, "gaussian_kl", LATENT),
-    ("latent_forward", kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),  # what the gradients of rows are multiples of
-    ("elbo_terms_forward", per_row, "elbo_loss", NAMES),
+    (("gaussian_nll", "forward"), nll, "gaussian_nll", NLL),
+    (("latent", "forward"), total_kl, "gaussian_kl", LATENT),
+    # (what the gradients of rows are multiples of)
+    (("latent", "forward"), kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),
+    (("elbo_terms", "forward"), per_row, "elbo_loss", (*NAMES[:5], "prior_logvar")),
 ]
-VALUES: list[tuple[str, Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
-    ("nll_forward", nll, "gaussian_nll", ("nll",)),
-    ("latent_forward", latent, "reparameterize_kl", ("z", "kl")),
-    ("elbo_terms_forward", per_row, "elbo_loss", ("nll", "kl")),
-    ("elbo_forward", whole, "elbo_loss", ("loss", "nll", "kl")),
+VALUES: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
+    (("gaussian_nll", "forward"), nll, "gaussian_nll", ("nll",)),
+    (("latent", "forward"), latent, "reparameterize_kl", ("z", "kl")),
+    (("elbo_terms", "forward"), per_row, "elbo_loss", ("nll", "kl")),
+    (("elbo", "forward"), with_terms, "elbo_loss", ("loss", "nll", "kl")),
 ]
 
 
 def each_result(table: list[Any]) -> Any:
     cases = [(step, call, op, i, name) for step, call, op, names in table for i, name in enumerate(names)]
-    return pytest.mark.parametrize(("step", "call", "op", "i", "name"), cases, ids=[f"{c[0]}-{c[4]}" for c in cases])
+    ids = [f"{'.'.join(c[0])}-{c[1].__name__}-{c[4]}" for c in cases]
+    return pytest.mark.parametrize(("step", "call", "op", "i", "name"), cases, ids=ids)
 
 
-def spoil(patch: Patch, module: Any, step: str, i: int, change: Callable[[torch.Tensor], Any]) -> None:
+def flat(kept: Any) -> list[Any]:
+    return [t for part in kept for t in flat(part)] if isinstance(kept, tuple) else [kept]
+
+
+def spoil(patch: Patch, backend: Backend, step: tuple[str, str], i: int, change: Callable[[torch.Tensor], Any]) -> None:
     """Change the i-th gradient that a function of a backend returns, in place."""
-    if step.endswith("_backward"):
-        leave_to_backward(patch, module)
+    if step[1] == "backward":
+        leave_to_backward(patch, backend)
 
     def spoiled(out: Any, *_: Any) -> None:
-        grads = out[-1] if step.endswith("_forward") else out
-        change(grads[i])
+        change((flat(out[1]) if step[1] == "forward" else out)[i])
 
-    wrap(patch, module, step, spoiled)
+    wrap(patch, backend, *step, spoiled)
 
 
 @each_result(GRADIENTS)
 @each_backend
 def test_a_broken_gradient(
-    backend: Backend, step: str, call: Callable[..., torch.Tensor], op: str, i: int, name: str, monkeypatch: Patch
+    backend: Backend, step: tuple[str, str], call: Callable[..., torch.Tensor], op: str, i: int, name: str, monkeypatch: Patch
 ) -> None:
     """By a part in a thousand, as a whole and in one element: not the first, and not the largest."""
-    if backend.impl == "triton" and step in ("nll_forward", "latent_forward", "elbo_terms_forward"):
+    if backend.impl == "triton" and step[1] == "forward" and step[0] != "elbo":
         pytest.skip("no gradients ready")
     at = (1, 2, 2, 3)
     for where, least in ((..., 100), (at, 1)):
         with monkeypatch.context() as patch:
-            spoil(patch, backend.module, step, i, lambda t, where=where: t[where].mul_(1.001))
+            spoil(patch, backend, step, i, lambda t, where=where: t[where].mul_(1.001))
             v = inputs(backend)
             with pytest.raises(NumericsMismatch) as caught, verify() as report:
                 (3 * call(v, backend.impl)).backward()
         message = str(caught.value)
         assert message.startswith(f"{op}: the gradient of {name} is off at ")
         assert (report.checked, report.backwards, report.mismatches) == (1, 1, 1)
-        count = re.search(r"; (\d+) of 180 elements are off in \(3, 4, 3, 5\) float32; by " + backend.module.__name__, message)
+        count = re.search(
+            rf"; (\d+) of 180 elements are off in \(3, 4, 3, 5\) float32; by {backend.ops().name}, {step[0]}.backward\(", message
+        )
         assert count is not None
         assert least <= int(count[1]) <= (180 if least > 1 else 1)
         assert where is ... or f"is off at {at}: " in message
@@ -471,22 +490,25 @@ def test_a_broken_gradient(
 @each_result(VALUES)
 @each_backend
 def test_a_broken_value(
-    backend: Backend, step: str, call: Callable[..., torch.Tensor], op: str, i: int, name: str, monkeypatch: Patch
+    backend: Backend, step: tuple[str, str], call: Callable[..., torch.Tensor], op: str, i: int, name: str, monkeypatch: Patch
 ) -> None:
-    wrap(monkeypatch, backend.module, step, lambda out, *_: (*out[:i], out[i] * 1.001, *out[i + 1 :]))
-    pattern = f"^{op}: {name} is off at .*by {backend.module.__name__}, {step}"
+    def off(out: Any, *_: Any) -> Any:
+        return tuple(t * 1.001 if k == i else t for k, t in enumerate(out[0])), out[1]
+
+    wrap(monkeypatch, backend, *step, off)
+    pattern = rf"^{op}: {name} is off at .*by {backend.ops().name}, {step[0]}.forward\("
     with pytest.raises(NumericsMismatch, match=pattern), verify() as report:
         call(inputs(backend), backend.impl)
     assert (report.checked, report.backwards, report.mismatches) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("step", ["nll_backward", "elbo_terms_backward", "elbo_forward"])
+@pytest.mark.parametrize("step", [("gaussian_nll", "backward"), ("elbo_terms", "backward"), ("elbo", "forward")])
 @pytest.mark.parametrize("pattern", ["0d", "channel", "sample", "pixel"])
 @each_backend
-def test_a_broken_gradient_of_a_shared_variance(backend: Backend, pattern: str, step: str, monkeypatch: Patch) -> None:
+def test_a_broken_gradient_of_a_shared_variance(backend: Backend, pattern: str, step: tuple[str, str], monkeypatch: Patch) -> None:
     """Its shares cancel; a part in a thousand of what is added up is seen nevertheless."""
     call, names = next((call, names) for name, call, _, names in GRADIENTS if name == step)
-    spoil(monkeypatch, backend.module, step, 2, lambda t: t.add_(1e-3 * t.abs().max()))
+    spoil(monkeypatch, backend, step, 2, lambda t: t.add_(1e-3 * t.abs().max()))
     with pytest.raises(NumericsMismatch, match=f"the gradient of {names[2]} is off"), verify():
         call(inputs(backend, recon_logvar=pattern), backend.impl).backward()
 
@@ -495,7 +517,7 @@ def test_a_broken_gradient_of_a_shared_variance(backend: Backend, pattern: str, 
 def test_broken_packed_moments(backend: Backend, monkeypatch: Patch) -> None:
     """What counts is what lies in the caller's buffer."""
     moments = torch.randn(3, 8, 5, device=backend.device, requires_grad=True)
-    real = backend.module.latent_backward
+    real = backend.ops().latent.backward
 
     def broken(*args: Any, out: Any) -> Any:
         grads = real(*args, out=out)
@@ -503,7 +525,7 @@ def test_broken_packed_moments(backend: Backend, monkeypatch: Patch) -> None:
         out[1][2, 3, 4] += 1e-3
         return kept
 
-    monkeypatch.setattr(backend.module, "latent_backward", broken)
+    backend.replace(monkeypatch, "latent", backward=broken)
     with verify():
         z, kl = fastelbo.DiagonalGaussian.from_moments(moments, impl=backend.impl).rsample_kl(seed=1)
     with pytest.raises(NumericsMismatch, match=r"^DiagonalGaussian.rsample_kl: the gradient of logvar is off at \(2, 3, 4\): "):
@@ -525,8 +547,8 @@ def test_a_gradient_that_never_comes_and_one_of_the_wrong_kind(backend: Backend,
     ]
     for change, message in changes:
         with monkeypatch.context() as patch:
-            leave_to_backward(patch, backend.module)
-            wrap(patch, backend.module, "nll_backward", change)
+            leave_to_backward(patch, backend)
+            wrap(patch, backend, "gaussian_nll", "backward", change)
             with pytest.raises(NumericsMismatch, match=message), verify():
                 nll(inputs(backend), backend.impl).backward()
 
@@ -534,16 +556,14 @@ def test_a_gradient_that_never_comes_and_one_of_the_wrong_kind(backend: Backend,
 @each_backend
 def test_wrong_noise(backend: Backend, monkeypatch: Patch) -> None:
     """Other noise in backward than in forward, and other noise than the seed's in both."""
-    module = backend.module
-    at = list(inspect.signature(eager.latent_forward).parameters).index("seed")
-    for step, what in (("latent_backward", "the gradient of logvar"), ("latent_forward", "z")):
-        real = getattr(module, step)
+    for step, what in (("backward", "the gradient of logvar"), ("forward", "z")):
+        real = getattr(backend.ops().latent, step)
 
-        def shifted(*args: Any, real: Any = real, **kwargs: Any) -> Any:
-            return real(*args[:at], args[at] + 1, *args[at + 1 :], **kwargs)
+        def shifted(inputs: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
+            return real(inputs._replace(seed=inputs.seed + 1), *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, step, shifted)
+            backend.replace(patch, "latent", **{step: shifted})
             for samples in (None, 2):
                 v = inputs(backend)
                 with pytest.raises(NumericsMismatch, match=f"^reparameterize: {what} is off"), verify():
@@ -554,7 +574,7 @@ def test_wrong_noise(backend: Backend, monkeypatch: Patch) -> None:
 def test_gradients_changed_between_forward_and_backward(backend: Backend, monkeypatch: Patch) -> None:
     """Those of elbo_loss lie ready: whoever writes into them before they are handed over is found."""
     kept: list[Any] = []
-    wrap(monkeypatch, backend.module, "elbo_forward", lambda out, *_: kept.append(out[3]))
+    wrap(monkeypatch, backend, "elbo", "forward", lambda out, *_: kept.append(flat(out[1])))
     for up in (1.0, 2.0):
         with verify():
             loss = elbo(inputs(backend), backend.impl)
@@ -579,7 +599,12 @@ def test_inputs_changed_between_forward_and_backward(backend: Backend, dtype: to
 @each_backend
 def test_a_second_backward_is_checked(backend: Backend, monkeypatch: Patch) -> None:
     v = inputs(backend)
-    spoil(monkeypatch, backend.module, "elbo_terms_backward", 3, lambda t: t.mul_(1.001))
+
+    def only_recomputed(out: Any, *args: Any) -> None:
+        if args[4] is None:
+            out[3].mul_(1.001)
+
+    wrap(monkeypatch, backend, "elbo", "backward", only_recomputed)
     with verify() as report:
         loss = elbo(v, backend.impl)
     torch.autograd.grad(loss, list(v.values()), retain_graph=True)
@@ -593,19 +618,14 @@ def test_a_second_backward_is_checked(backend: Backend, monkeypatch: Patch) -> N
 
 
 @each_backend
-def test_what_autograd_hands_to_the_backend_is_checked(backend: Backend, monkeypatch: Patch) -> None:
-    """The KL's scale and beta come to the second backward of elbo_loss as one number: no fused function sees that it is off."""
-    real = fastelbo.autograd._elbo_backward
-
-    def rounded(ctx: Any, *args: Any) -> Any:
-        *before, kl_scale, module = args
-        return real(ctx, *before, torch.tensor(kl_scale, dtype=torch.bfloat16, device=backend.device), module)
-
-    monkeypatch.setattr(fastelbo.autograd, "_elbo_backward", rounded)
+def test_what_autograd_hands_to_the_backend_is_checked(backend: Backend) -> None:
+    """The second backward is held to the factors of the call, whatever it is given: the op itself cannot see that one is off."""
     v = inputs(backend)
     with verify():
         loss = elbo(v, backend.impl, beta=0.3)
     torch.autograd.grad(loss, list(v.values()), retain_graph=True)
+    node: Any = loss.grad_fn
+    node.spec = node.spec._replace(beta=torch.tensor(0.3, dtype=torch.bfloat16, device=backend.device).float())
     with pytest.raises(NumericsMismatch, match="elbo_loss: the gradient of mu is off"):
         torch.autograd.grad(loss, list(v.values()))
 
@@ -614,11 +634,10 @@ def test_what_autograd_hands_to_the_backend_is_checked(backend: Backend, monkeyp
 def test_backward_in_inference_mode(backend: Backend, monkeypatch: Patch) -> None:
     for wrong in (False, True):
         v = inputs(backend)
+        if wrong:
+            wrap(monkeypatch, backend, "gaussian_nll", "backward", lambda out, *_: tuple(2 * g for g in out))
         with verify() as report:
             loss = nll(v, backend.impl)
-            if wrong:
-                wrap(monkeypatch, backend.module, "scale_gradients", lambda out, *_: tuple(2 * g for g in out))
-                wrap(monkeypatch, backend.module, "nll_backward", lambda out, *_: tuple(2 * g for g in out))
             with torch.inference_mode(), pytest.raises(NumericsMismatch) if wrong else contextlib.nullcontext():
                 torch.autograd.grad(loss, list(v.values())[:3])
         assert (report.checked, report.backwards) == (1, 1)
@@ -630,18 +649,76 @@ def test_half_precision_is_held_to_one_rounding(backend: Backend, monkeypatch: P
         values = {n: t.to(dtype) for n, t in make(NAMES, "chunk1", seed=3).items()}
         for error in (seen, unseen):
             with monkeypatch.context() as patch:
-                spoil(patch, backend.module, "elbo_terms_backward", 0, lambda t, e=error: t.mul_(1 + e))
+                spoil(patch, backend, ("elbo_terms", "backward"), 0, lambda t, e=error: t.mul_(1 + e))
                 with verify(on_mismatch="warn") as report, warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     per_row(leaves(values, device=backend.device), backend.impl).backward()
             assert report.mismatches == (error == seen), (dtype, error)
 
 
+# What is rounded on its way into the products of a linear layer: the inputs' dtype, and what is asked for.
+ROUNDED = {"bfloat16": (torch.bfloat16, None), "float16": (torch.float16, None), "tf32": (torch.float32, "tf32")}
+LAYER = ("h", "x", "weight", "bias", "logvar")
+SAMPLED = ("x", "mu", "logvar", "weight", "bias", "recon_logvar", "prior_mu", "prior_logvar")
+SHAPES = {"x": (6, 40), "weight": (40, 4), "bias": (40,), "recon_logvar": (40,)}  # and (6, 4)
+
+
+def across(op: str, kind: str, backend: Backend, reduction: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """A loss across a linear layer, and its inputs in the order of their record."""
+    dtype, precision = ROUNDED[kind]
+    names = LAYER if op == "linear_nll" else SAMPLED
+    shapes = SHAPES | ({"logvar": (40,)} if op == "linear_nll" else {})
+    generator = torch.Generator().manual_seed(5)
+    v = {n: 0.5 * torch.randn(shapes.get(n, (6, 4)), generator=generator) for n in names}
+    v = {n: t.to(backend.device, dtype).requires_grad_() for n, t in v.items()}
+    options: Any = {"precision": precision, "reduction": reduction, "impl": backend.impl}
+    if op == "linear_nll":
+        loss = fastelbo.linear_gaussian_nll(v["h"], v["weight"], v["x"], v["bias"], logvar=v["logvar"], **options)
+    else:
+        of_layer = v["x"], v["mu"], v["logvar"], v["weight"], v["bias"]
+        options |= {n: v[n] for n in SAMPLED[5:]} | {"seed": 3}
+        loss = fastelbo.linear_elbo_loss(*of_layer, **options)
+    return list(v.values()), loss.sum()
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+@pytest.mark.parametrize("op", ["linear_nll", "linear_elbo"])
+@each_backend
+def test_a_linear_gradient_that_is_wrong_by_half(backend: Backend, op: str, kind: str, monkeypatch: Patch) -> None:
+    """Half precision and tf32 round factors of products. What that may do to a result is its own, and no multiple of rtol."""
+    names = LAYER if op == "linear_nll" else SAMPLED
+    factors = [1.0] * len(names)
+    right: list[torch.Tensor] = []
+    backward = getattr(backend.ops(), op).backward
+
+    def scaled(*args: Any) -> Any:
+        right[:] = right or backward(*args)
+        return tuple(g * factor for g, factor in zip(right, factors, strict=True))
+
+    for reduction, wrong in (("none", 0.5), ("sum", 1.5)):
+        for rtol in (None, 1e-5, 1e-4, 1e-3, 1e-2):
+            with verify(rtol=rtol) as report:
+                v, loss = across(op, kind, backend, reduction)
+            for _ in range(2):  # as the forward pass may have left it, and computed again
+                torch.autograd.grad(loss, v, retain_graph=True)
+            assert (report.checked, report.backwards, report.mismatches) == (1, 2, 0)
+            right.clear()
+            with monkeypatch.context() as patch:
+                backend.replace(patch, op, backward=scaled)
+                with verify(rtol=rtol):
+                    v, loss = across(op, kind, backend, reduction)
+            for i, name in enumerate(names):
+                factors[i] = wrong
+                with pytest.raises(NumericsMismatch, match=f"the gradient of {name} is off"):
+                    torch.autograd.grad(loss, v, retain_graph=True)
+                factors[i] = 1.0
+
+
 @each_backend
 def test_rtol(backend: Backend, monkeypatch: Patch) -> None:
     with pytest.raises(NumericsMismatch, match=r"where \d\.\d+e-\d\d is allowed"), verify(rtol=1e-10):
         nll(inputs(backend), backend.impl).backward()
-    spoil(monkeypatch, backend.module, "nll_backward", 0, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, backend, ("gaussian_nll", "backward"), 0, lambda t: t.mul_(1.001))
     with verify(rtol=2e-3) as report:
         nll(inputs(backend), backend.impl).backward()
     assert report.backwards == 1
@@ -652,21 +729,21 @@ def test_rtol(backend: Backend, monkeypatch: Patch) -> None:
 def test_the_message(monkeypatch: Patch) -> None:
     recon = torch.zeros(2, 3, requires_grad=True)
     x = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]).t()
-    spoil(monkeypatch, eager, "nll_backward", 0, lambda t: t[1].mul_(torch.tensor([1.0, 1.5, 1.001])))
+    spoil(monkeypatch, EAGER, ("gaussian_nll", "backward"), 0, lambda t: t[1].mul_(torch.tensor([1.0, 1.5, 1.001])))
     with pytest.raises(NumericsMismatch) as caught, verify():
         fastelbo.gaussian_nll(recon, x, reduction="sum", impl="torch").backward()
     assert str(caught.value) == (
         "gaussian_nll: the gradient of recon is off at (1, 1): -12 where the oracle has -8, an error of 4 where 0.000161 is "
-        "allowed; 2 of 6 elements are off in (2, 3) float32; by fastelbo.eager, nll_backward(recon (2, 3) float32, "
-        "x (2, 3) float32 with strides (1, 2), var 0.0, kind 'logvar', eps -inf, keep 0, scale 1.0, grad 1.0 float32, "
-        "needs (True, False, False))"
+        "allowed; 2 of 6 elements are off in (2, 3) float32; by fastelbo.eager, gaussian_nll.backward(recon (2, 3) float32, "
+        "x (2, 3) float32 with strides (1, 2), spec Likelihood(keep 0, scale 1.0, parameter 'logvar', logvar 0.0, full True, "
+        "floor -inf), grad_nll 1.0 float32, needs (True, False, False))"
     )
 
 
 def test_names_of_callers(monkeypatch: Patch) -> None:
     """The outermost of the package's own functions, so that the user finds it in the user's code."""
-    for step in ("nll_forward", "latent_forward", "elbo_forward", "elbo_terms_forward"):
-        wrap(monkeypatch, eager, step, lambda out, *_: tuple(-o if isinstance(o, (torch.Tensor, float)) else o for o in out))
+    for op in ("gaussian_nll", "latent", "elbo", "elbo_terms"):
+        wrap(monkeypatch, EAGER, op, "forward", lambda out, *_: (tuple(o if o is None else -o for o in out[0]), out[1]))
     v = make(("recon", "x", "mu", "logvar", "var"), "contiguous")
     recon, x, mu, logvar, var = v.values()
     q = fastelbo.DiagonalGaussian(mu, logvar)
@@ -695,47 +772,52 @@ def test_names_of_callers(monkeypatch: Patch) -> None:
 
 @each_backend
 def test_off_it_costs_nothing(backend: Backend, monkeypatch: Patch) -> None:
-    """The backend is the module itself, before and after, however the context was left."""
+    """The backend is itself, before and after, however the context was left."""
 
     def chosen() -> Any:
         return chooser.choose(backend.impl, backend.device)
 
     def assert_off() -> None:
         assert chooser.watcher is None
-        assert chosen() is backend.module
+        assert chosen() is backend.ops()
 
     assert_off()
     with verify():
-        assert chosen() is not backend.module
+        assert chosen() is not backend.ops()
     assert_off()
     with pytest.raises(KeyError), verify():
         raise KeyError
     assert_off()
-    wrap(monkeypatch, backend.module, "nll_forward", lambda out, *_: (out[0] + 1, out[1]))
+    wrap(monkeypatch, backend, "gaussian_nll", "forward", lambda out, *_: ((out[0][0] + 1,), out[1]))
     with pytest.raises(NumericsMismatch), verify():
         nll(inputs(backend), backend.impl)
     assert_off()
     assert nll(inputs(backend), backend.impl).isfinite()
 
 
-def test_every_function_of_a_backend_is_checked() -> None:
-    module = importlib.import_module("fastelbo.verify")
-    functions = {n for n, f in vars(eager).items() if callable(f) and re.fullmatch(r"\w+_(forward|backward|gradients)", n)}
-    assert len(functions) == 12
-    assert functions == {n for n in vars(module._Checked) if not n.startswith("_")}
+def test_every_op_of_a_backend_is_checked() -> None:
+    ops = chooser.EAGER._fields[1:]
+    assert ops == tuple(OUTPUTS)
+    assert len(ops) == 6
+    with verify():
+        served = chooser.choose("torch", CPU)
+    assert served is not None
+    for name in ops:
+        checked, real = getattr(served, name), getattr(chooser.EAGER, name)
+        assert checked.forward != real.forward
+        assert checked.backward != real.backward
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
-def test_every(every: int, monkeypatch: Patch) -> None:
+def test_every(every: int) -> None:
     """One call in each N, the first at once, and in a loop of N calls each of them in its turn."""
     mu = torch.zeros(2, 3)
     seen: list[int] = []
-    module = importlib.import_module("fastelbo.verify")
-    real = module._Checked.latent_forward
     with verify(every=every) as report:
         for i in range(3 * every * every):
-            monkeypatch.setattr(module._Checked, "latent_forward", lambda self, *a, i=i: seen.append(i) or real(self, *a))
+            before = report.checked
             fastelbo.gaussian_kl(mu, mu)
+            seen += [i] * (report.checked - before)
     assert report.calls == 3 * every * every
     assert report.checked == len(seen) == 3 * every
     assert seen[0] == 0
@@ -744,7 +826,7 @@ def test_every(every: int, monkeypatch: Patch) -> None:
         assert sum(i % every == k for i in seen) == 3
 
 
-def test_the_backward_of_a_call_that_was_not_checked_is_not(monkeypatch: Patch) -> None:
+def test_the_backward_of_a_call_that_was_not_checked_is_not() -> None:
     mu = torch.ones(2, 3, requires_grad=True)
     with verify(every=10) as report:
         losses = [fastelbo.gaussian_kl(mu, mu).sum() for _ in range(3)]
@@ -761,7 +843,7 @@ def test_calls_without_a_backend_do_not_count() -> None:
 
 @each_backend
 def test_a_backward_after_the_context(backend: Backend, monkeypatch: Patch) -> None:
-    spoil(monkeypatch, backend.module, "nll_backward", 1, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, backend, ("gaussian_nll", "backward"), 1, lambda t: t.mul_(1.001))
     with verify() as report:
         loss = nll(inputs(backend), backend.impl)
     assert (report.calls, report.backwards) == (1, 0)
@@ -772,10 +854,10 @@ def test_a_backward_after_the_context(backend: Backend, monkeypatch: Patch) -> N
 
 def test_warnings(monkeypatch: Patch) -> None:
     """One for each result that is off, and the program goes on with what the backend returned."""
-    v = inputs(Backend("torch", CPU))
+    v = inputs(EAGER)
     for i in (0, 2, 5):
-        spoil(monkeypatch, eager, "elbo_forward", i, lambda t: t.mul_(2.0))
-    wrap(monkeypatch, eager, "elbo_forward", lambda out, *_: (out[0] + 1, *out[1:]))
+        spoil(monkeypatch, EAGER, ("elbo", "forward"), i, lambda t: t.mul_(2.0))
+    wrap(monkeypatch, EAGER, "elbo", "forward", lambda out, *_: ((out[0][0] + 1, *out[0][1:]), out[1]))
     with warnings.catch_warnings(record=True) as caught, verify(on_mismatch="warn") as report:
         warnings.simplefilter("always")
         elbo(v, "torch").backward()
@@ -809,11 +891,11 @@ def test_nesting(monkeypatch: Patch) -> None:
         call()
     assert outer.calls == 8
     assert chooser.watcher is None
-    v = inputs(Backend("torch", CPU))
+    v = inputs(EAGER)
     with verify() as outer, verify() as inner:
         elbo(v, None).mul(2).backward()
     assert (outer.backwards, inner.backwards) == (1, 1)
-    wrap(monkeypatch, eager, "latent_forward", lambda out, *_: (None, out[1] + 1, out[2]))
+    wrap(monkeypatch, EAGER, "latent", "forward", lambda out, *_: ((None, out[0][1] + 1), out[1]))
     with pytest.warns(RuntimeWarning), verify(on_mismatch="warn") as outer, pytest.raises(NumericsMismatch), verify() as inner:
         call()
     assert (outer.mismatches, inner.mismatches) == (1, 1)
@@ -845,12 +927,105 @@ def test_threads(monkeypatch: Patch) -> None:
         list(pool.map(work, range(4)))
     assert (report.calls, report.checked, report.backwards, report.mismatches) == (32, 16, 16, 0)
 
-    spoil(monkeypatch, eager, "nll_backward", 0, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, EAGER, ("gaussian_nll", "backward"), 0, lambda t: t.mul_(1.001))
     with verify() as report, ThreadPoolExecutor(1) as pool:
-        loss = nll(inputs(Backend("torch", CPU)), "torch")
+        loss = nll(inputs(EAGER), "torch")
         with pytest.raises(NumericsMismatch, match="the gradient of recon"):
             pool.submit(loss.backward).result()
     assert report.mismatches == 1
+
+
+@each_backend
+def test_as_a_decorator(backend: Backend, monkeypatch: Patch) -> None:
+    report = verify(every=2)
+    v = inputs(backend)
+
+    @report
+    def step(scale: float, *, shift: float = 0.0) -> torch.Tensor:
+        """Of a training loop."""
+        assert chooser.watcher is not None
+        return scale * nll(v, backend.impl) + shift
+
+    assert (step.__name__, step.__doc__) == ("step", "Of a training loop.")
+    assert chooser.watcher is None
+    for i in range(4):
+        step(2.0, shift=float(i)).backward()
+        assert chooser.watcher is None
+    nll(v, backend.impl)
+    assert (report.calls, report.checked, report.backwards, report.mismatches) == (4, 2, 2, 0)
+    torch.testing.assert_close(step(1.0, shift=3.0), nll(v, backend.impl) + 3.0)
+
+    wrap(monkeypatch, backend, "gaussian_nll", "forward", lambda out, *_: ((out[0][0] * 1.001,), out[1]))
+
+    @verify(every=1)
+    def wrong() -> Any:
+        return nll(v, backend.impl)
+
+    with pytest.raises(NumericsMismatch, match=r"^gaussian_nll: nll is off"):
+        wrong()
+    assert chooser.watcher is None
+
+
+def test_what_it_cannot_decorate() -> None:
+    """What runs in pieces would run outside."""
+
+    def generates() -> Any:
+        yield 1
+
+    async def waits() -> None: ...
+
+    async def does_both() -> Any:
+        yield 1
+
+    with verify() as report:
+        pass
+    for function in (generates, waits, does_both):
+        with pytest.raises(
+            TypeError, match=rf"^verify cannot decorate .*{function.__name__}, which runs in pieces: use `with` ins"
+        ):
+            report(function)
+    for no_function in (None, torch.nn.Linear):
+        with pytest.raises(TypeError, match=r"^verify decorates functions, got "):
+            report(no_function)  # type: ignore[type-var]
+
+
+def test_repr() -> None:
+    mu = torch.ones(2, 3, requires_grad=True)
+    with verify(every=3, rtol=1e-4) as report:
+        for _ in range(4):
+            fastelbo.gaussian_kl(mu, mu).sum().backward()
+    text = "<fastelbo.verify(every=3, rtol=0.0001, on_mismatch='raise'): 4 calls, 1 checked, 1 backwards, 0 mismatches>"
+    assert repr(report) == str(report) == text
+
+
+NEVER = "this fastelbo.verify was never entered and checked nothing: use it in a `with` statement or as a decorator"
+
+
+def test_an_instance_without_use_says_so_when_it_is_collected() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        verify(every=100)
+        line = sys._getframe().f_lineno - 1
+        gc.collect()
+    assert [(w.category, str(w.message), w.filename, w.lineno) for w in caught] == [(UserWarning, NEVER, __file__, line)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with verify():
+            pass
+        verify()(lambda: None)
+        with pytest.raises(ValueError, match="every"):
+            verify(every=0)
+        gc.collect()
+
+
+def test_an_instance_without_use_says_so_at_exit() -> None:
+    code = "import fastelbo\nreport = fastelbo.verify(every=100)\nprint('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert done.stderr.startswith(f"<string>:2: UserWarning: {NEVER}")
+    used = code.replace("print", "report(len)('')\nprint")
+    done = subprocess.run([sys.executable, "-c", used], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -858,23 +1033,23 @@ def test_checkpoints_that_are_checked_once(use_reentrant: bool) -> None:
     """The first forward is checked, the one that is repeated in backward is not: both must save the same tensors."""
     from torch.utils.checkpoint import checkpoint
 
-    v = inputs(Backend("torch", CPU))
+    v = inputs(EAGER)
     with verify(every=5) as report:
         loss = checkpoint(lambda *t: per_row(dict(zip(NAMES, t, strict=True)), "torch"), *v.values(), use_reentrant=use_reentrant)
         loss.backward()
     assert (report.calls, report.checked) == (2, 1)
-    want = run(lambda t: per_row(t, "torch"), inputs(Backend("torch", CPU)))[1]
+    want = run(lambda t: per_row(t, "torch"), inputs(EAGER))[1]
     for n, t in v.items():
         assert torch.equal(t.grad, want[n])
 
 
 def test_hooks_on_saved_tensors_see_nothing_of_it(monkeypatch: Patch) -> None:
-    leave_to_backward(monkeypatch, eager)
+    leave_to_backward(monkeypatch, EAGER)
     seen = []
     for context in (contextlib.nullcontext(), verify()):
         saved: list[torch.dtype] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.dtype) or t, lambda t: t), context:
-            per_row(inputs(Backend("torch", CPU)), "torch").backward()
+            per_row(inputs(EAGER), "torch").backward()
         seen.append(saved)
     assert seen[0] == seen[1]
     assert torch.float64 not in seen[0]
@@ -895,7 +1070,7 @@ def test_traces_are_not_checked(impl: str | None, monkeypatch: Patch) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    v = inputs(Backend("torch", CPU))
+    v = inputs(EAGER)
     want = elbo(v, impl).detach()
     compiled = torch.compile(lambda t: elbo(t, impl), backend=counter, fullgraph=True)
     for _ in range(3):
@@ -906,12 +1081,28 @@ def test_traces_are_not_checked(impl: str | None, monkeypatch: Patch) -> None:
     assert counter.frame_count == 1
 
 
+def test_operators_of_traces_are_not_checked() -> None:
+    """Across a linear layer the likelihood is an operator of the graph, which asks for its backend when it runs."""
+    generator = torch.Generator().manual_seed(2)
+    h, weight, x = (torch.randn(s, generator=generator).requires_grad_() for s in ((6, 4), (9, 4), (6, 9)))
+    compiled = torch.compile(
+        lambda: fastelbo.linear_gaussian_nll(h, weight, x, reduction="sum"), backend="aot_eager", fullgraph=True
+    )
+    with verify() as report:
+        compiled().backward()
+    assert (report.calls, report.checked, report.backwards) == (0, 0, 0)
+    fastelbo.linear_gaussian_nll(h, weight, x, reduction="sum").mul(-1).backward()
+    for t in (h, weight, x):
+        assert t.grad is not None
+        assert float(t.grad.abs().max()) < 1e-4
+
+
 def test_captured_graphs_are_not_checked(monkeypatch: Patch) -> None:
     """A check reads values back, which a stream that is being captured forbids."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with verify() as report:
-        assert chooser.choose("torch", CPU) is eager
+        assert chooser.choose("torch", CPU) is chooser.EAGER
     assert report.calls == 0
 
 

@@ -1,0 +1,143 @@
+"""Every check of an argument: each error names the argument, what it was and what was expected, before any launch.
+
+Nothing here computes or reads a value of a tensor, so no check costs a synchronisation. In a traced function a number may be
+symbolic, hence the tuples of `tracing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tracing import INT, NUMBER
+
+FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+REDUCTIONS = ("none", "batchmean", "sum", "mean")
+
+
+def shape_of(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def tensor(name: str, t: Any, device: torch.device | None = None) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name} is on {t.device}, but the first argument is on {device}: all tensors must share a device")
+
+
+def pair(name_a: str, a: Any, name_b: str, b: Any, device: torch.device | None = None) -> None:
+    """Two tensors of one shape."""
+    tensor(name_a, a, device)
+    tensor(name_b, b, a.device)
+    if a.shape != b.shape:
+        raise ValueError(f"{name_b} has shape {shape_of(b)}, but {name_a} has shape {shape_of(a)}: they must be equal")
+
+
+def broadcast(name: str, t: Tensor, to: str, shape: torch.Size) -> None:
+    # The ranks first: tuples of other lengths compare their elements, and a trace would take that for a condition on the batch.
+    if t.ndim == len(shape) and t.shape == shape:
+        return
+    lead = len(shape) - t.ndim
+    if lead < 0 or any(n not in (1, m) for n, m in zip(t.shape, shape[lead:], strict=True)):
+        raise ValueError(f"{name} has shape {shape_of(t)}, which does not broadcast to the shape {tuple(shape)} of {to}")
+
+
+def reduction(name: str) -> None:
+    if name not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}")
+
+
+def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
+    """Check a reduction and batch_dims; return how many leading dimensions the sum keeps."""
+    reduction(name)
+    if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
+        raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
+    if not 0 <= batch_dims <= ndim:
+        raise ValueError(f"batch_dims must be between 0 and the number of dimensions, {ndim}, got {batch_dims}")
+    return batch_dims if name == "none" else 0
+
+
+def weight(value: Any, to: str, shape: torch.Size, device: torch.device) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor or None, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        tensor("weight", value, device)
+    elif value.device != device:
+        raise ValueError(f"weight is on {value.device}, but the first argument is on {device}: all tensors must share a device")
+    if value.requires_grad:
+        raise ValueError("weight requires grad, but is a constant here: detach it, or weigh the result of reduction='none'")
+    broadcast("weight", value, to, shape)
+
+
+def factor(name: str, value: Any, device: torch.device) -> None:
+    """A run-time factor: a number, or a 0-d tensor on the inputs' device or the CPU, which gets no gradient."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or value.is_complex():
+            raise ValueError(f"{name} must be a number or a 0-d real tensor, got shape {shape_of(value)} of {value.dtype}")
+        if value.requires_grad:
+            raise ValueError(f"{name} requires grad, but is a constant here: detach it, or combine the terms of elbo_terms")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: it must be there or on the CPU")
+    elif isinstance(value, bool) or not isinstance(value, NUMBER):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+
+
+def clamp(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = isinstance(value, (tuple, list)) and len(value) == 2
+    if not numbers or any(isinstance(c, bool) or not isinstance(c, NUMBER) for c in value):
+        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {value!r}")
+    lo, hi = float(value[0]), float(value[1])
+    if not lo <= hi:
+        raise ValueError(f"logvar_clamp must be (lo, hi) with lo <= hi, got ({lo}, {hi})")
+    return lo, hi
+
+
+def prior(name: str, value: Any, mu: Tensor) -> None:
+    """A parameter of the prior: None, a number, or a tensor that broadcasts to mu."""
+    if value is None or (isinstance(value, NUMBER) and not isinstance(value, bool)):
+        return
+    tensor(name, value, mu.device)
+    broadcast(name, value, "mu", mu.shape)
+
+
+def variance(name: str, parameter: str, value: Any, recon: Tensor) -> None:
+    """A variance, given as a "logvar", "std" or "var": a number, or a tensor that broadcasts to recon."""
+    if isinstance(value, Tensor):
+        tensor(name, value, recon.device)
+        broadcast(name, value, "recon", recon.shape)
+        return
+    if isinstance(value, bool) or not isinstance(value, NUMBER):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")
+    if parameter != "logvar" and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def samples(num_samples: Any) -> None:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, INT):
+        raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def noise(eps: Any, seed: Any, generator: Any, shape: Sequence[int], device: torch.device) -> None:
+    """At most one source of noise, and eps of z's shape."""
+    if (eps is not None) + (seed is not None) + (generator is not None) > 1:
+        given = [name for name, v in (("eps", eps), ("seed", seed), ("generator", generator)) if v is not None]
+        raise ValueError(f"give at most one of eps, seed and generator, got {' and '.join(given)}")
+    if eps is None:
+        return
+    tensor("eps", eps, device)
+    if eps.shape != shape:
+        raise ValueError(f"eps has shape {shape_of(eps)}, but z will have shape {tuple(shape)}: they must be equal")
+    if eps.requires_grad:
+        raise ValueError("eps requires grad, but noise is a constant here: detach it")

@@ -1,0 +1,26 @@
+"""What every part of the package agrees on: the dtype of the arithmetic, what can be read at no cost, and one constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of the tensors is, else float32: the dtype of arithmetic, sums and losses."""
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32
+
+
+def has_float16(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient among these could underflow when it is written before GradScaler's factor is known."""
+    return torch.float16 in [t.dtype for t in tensors if t is not None]
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether `t` is memory that Python can look at without waiting: on a CPU, and not a stand-in of a tracer."""
+    return t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

@@ -1,0 +1,65 @@
+"""The negative ELBO, nll + beta * kl: Kingma & Welling 2014, equation 10 with one sample.
+
+Its upstream gradient is 1 in normal use. So the forward pass makes the gradients along with the terms, and backward hands them
+over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..dtypes import accumulate_dtype, has_float16, on_host
+from ..specs import Elbo, ElboInputs, Gradients, Latent, Needs, Op
+from . import gaussian_nll, latent
+from . import walk as w
+
+
+def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], Gradients | None]:
+    # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
+    ready = True in needs and on_host(inputs.recon) and not has_float16(inputs[:7])
+    asked = needs if ready else (False,) * 7
+    acc = accumulate_dtype(*inputs[:7])
+    nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
+    kl, of_kl = latent.kl_pass(inputs.latent, spec.kl, asked[3:], spec.kl.scale * spec.beta, acc)
+    outputs = (nll + spec.beta * kl, nll, kl) if spec.return_terms else (nll + spec.beta * kl,)
+    return tuple([w.widen(t, acc) for t in outputs]), (*of_nll, *of_kl) if ready else None
+
+
+def backward(inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
+    grad_output = grad_outputs[0]
+    assert grad_output is not None
+    if kept is not None:
+        return gaussian_nll.scaled(kept, grad_output)
+    return terms_backward(inputs, spec, (grad_output, grad_output * spec.beta), needs, None)
+
+
+OP = Op(forward, backward)
+
+
+def terms_forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Any, Any]]:
+    """The two terms by themselves: each keeps for backward what it would keep alone."""
+    acc = accumulate_dtype(*inputs[:7])
+    (nll,), kept_nll = gaussian_nll.forward(inputs.nll, spec.likelihood, needs[:3], acc)
+    (_, kl), kept_kl = latent.forward(inputs.latent, Latent(spec.kl), needs[3:], acc)
+    assert kl is not None
+    return (nll, kl), (kept_nll, kept_kl)
+
+
+def terms_backward(
+    inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: tuple[Any, Any] | None
+) -> Gradients:
+    grad_nll, grad_kl = grad_outputs
+    acc = accumulate_dtype(*inputs[:7])
+    kept_nll, kept_kl = kept or (None, None)
+    of_nll: Gradients = (None,) * 3
+    of_kl: Gradients = (None,) * 4
+    if grad_nll is not None and True in needs[:3]:
+        of_nll = gaussian_nll.backward(inputs.nll, spec.likelihood, (grad_nll,), needs[:3], kept_nll, acc)
+    if grad_kl is not None and True in needs[3:]:
+        of_kl = latent.backward(inputs.latent, Latent(spec.kl), (None, grad_kl), needs[3:], kept_kl, acc=acc)
+    return *of_nll, *of_kl
+
+
+TERMS_OP = Op(terms_forward, terms_backward)

@@ -1,0 +1,193 @@
+"""The records that travel from a public function to a kernel launch: tensors in one, everything else in another.
+
+Every fused op has a record of input tensors (`NLLInputs`, ...), whose first `differentiable` fields may get a gradient, and a
+frozen record of what is no such tensor (`Likelihood`, ...). Both backends implement an op as two functions:
+
+    forward(inputs, spec, needs) -> (outputs, kept)
+        `needs` says for each differentiable input whether a backward pass will ask for its gradient. `kept` is whatever the op
+        wants back in that pass (gradients that are ready, for instance), or None.
+
+    backward(inputs, spec, grad_outputs, needs, kept) -> gradients, one for each differentiable input, None where not needed
+        `grad_outputs` has a gradient or None for each output. In the first backward pass `kept` is what forward returned, and its
+        memory may be used up. In every later pass it is None, and the pass starts from the inputs.
+
+Inputs are never written to. Factors (`scale`, `beta`) are numbers or 0-d tensors on the inputs' device in the dtype of the
+arithmetic. They are multiplied with, and never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Factor = float | Tensor
+Gradients = tuple[Tensor | None, ...]
+Needs = tuple[bool, ...]
+
+
+# ---- everything that is no input tensor ------------------------------------------------------------------------------------------
+
+
+class Likelihood(NamedTuple):
+    """scale * sum of -weight * log N(x; recon, variance), in nats, over all but the first `keep` dimensions."""
+
+    keep: int = 0
+    scale: Factor = 1.0
+    parameter: str = "logvar"  # what the tensor `variance` holds: "logvar", "std" or "var"
+    logvar: float = 0.0  # the log-variance where there is no such tensor
+    full: bool = True  # with 1/2 log 2 pi per element
+    floor: float = -math.inf  # a "var" below it counts as it; the gradient passes through
+
+
+class KL(NamedTuple):
+    """scale * sum of weight * KL(N(mu, exp(logvar)) || prior), in nats, over all but the first `keep` dimensions."""
+
+    keep: int = 0
+    scale: Factor = 1.0
+    clamp: tuple[float, float] | None = None  # of logvar, with gradient 0 outside
+
+
+class Latent(NamedTuple):
+    """A sample of the posterior (where the inputs have eps or a seed) and its KL (where it is wanted)."""
+
+    kl: KL = KL()  # its clamp holds for the sample too
+    want_kl: bool = True
+    num_samples: int | None = None  # None: z has mu's shape; otherwise (num_samples, *mu.shape)
+
+
+class Elbo(NamedTuple):
+    """nll + beta * kl of one decoded sample."""
+
+    likelihood: Likelihood
+    kl: KL
+    beta: Factor = 1.0
+    return_terms: bool = False  # outputs are (loss, nll, kl), and (loss,) otherwise; only the loss has gradients
+
+
+class Linear(NamedTuple):
+    """The likelihood across a linear layer."""
+
+    likelihood: Likelihood
+    precision: str | None = None  # of float32 products on a GPU: "ieee", "tf32", "tf32x3"; None is torch's own setting
+
+
+class LinearElbo(NamedTuple):
+    """nll + beta * kl of samples that a linear layer decodes; the nll is summed over the samples (its scale averages)."""
+
+    linear: Linear
+    kl: KL
+    num_samples: int | None = None
+    beta: Factor = 1.0
+    return_terms: bool = False
+
+
+# ---- input tensors ---------------------------------------------------------------------------------------------------------------
+
+
+class NLLInputs(NamedTuple):
+    recon: Tensor  # (batch, ...)
+    x: Tensor  # of recon's shape
+    variance: Tensor | None  # broadcasts to recon
+    weight: Tensor | None  # bool or floating, broadcasts to recon; where it is 0 the element is absent
+
+    @property
+    def differentiable(self) -> int:
+        return 3
+
+
+class LatentInputs(NamedTuple):
+    mu: Tensor  # (batch, ...)
+    logvar: Tensor  # of mu's shape
+    prior_mu: Tensor | None = None  # of mu's shape; None is 0
+    prior_logvar: Tensor | None = None  # of mu's shape; None is 0
+    weight: Tensor | None = None  # of the KL: bool or floating, broadcasts to mu
+    eps: Tensor | None = None  # of z's shape
+    seed: Tensor | None = None  # 0-d int64; at most one of eps and seed
+
+    @property
+    def differentiable(self) -> int:
+        return 4
+
+
+class ElboInputs(NamedTuple):
+    recon: Tensor
+    x: Tensor
+    variance: Tensor | None
+    mu: Tensor
+    logvar: Tensor
+    prior_mu: Tensor | None
+    prior_logvar: Tensor | None
+    weight: Tensor | None  # of the likelihood
+
+    @property
+    def differentiable(self) -> int:
+        return 7
+
+    @property
+    def nll(self) -> NLLInputs:
+        return NLLInputs(self.recon, self.x, self.variance, self.weight)
+
+    @property
+    def latent(self) -> LatentInputs:
+        return LatentInputs(self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+
+
+class LinearInputs(NamedTuple):
+    h: Tensor  # (rows, hidden): row n belongs to row n % batch of x
+    x: Tensor  # (batch, elements)
+    weight: Tensor  # (elements, hidden)
+    bias: Tensor | None  # (elements,)
+    variance: Tensor | None  # log-variance, of one value or (elements,)
+
+    @property
+    def differentiable(self) -> int:
+        return 5
+
+
+class LinearElboInputs(NamedTuple):
+    x: Tensor  # (batch, elements)
+    mu: Tensor  # (batch, latents)
+    logvar: Tensor
+    weight: Tensor  # (elements, latents)
+    bias: Tensor | None
+    variance: Tensor | None
+    prior_mu: Tensor | None
+    prior_logvar: Tensor | None
+    eps: Tensor | None
+    seed: Tensor | None
+
+    @property
+    def differentiable(self) -> int:
+        return 8
+
+    @property
+    def latent(self) -> LatentInputs:
+        return LatentInputs(self.mu, self.logvar, self.prior_mu, self.prior_logvar, None, self.eps, self.seed)
+
+    def linear(self, h: Tensor) -> LinearInputs:
+        return LinearInputs(h, self.x, self.weight, self.bias, self.variance)
+
+
+# ---- ops and backends ------------------------------------------------------------------------------------------------------------
+
+
+class Op(NamedTuple):
+    """A fused op of one backend: the two functions that the head of this file describes."""
+
+    forward: Callable[[Any, Any, Needs], tuple[tuple[Tensor | None, ...], Any]]
+    backward: Callable[..., Gradients]
+
+
+class Backend(NamedTuple):
+    """Every op, as one backend has it. With each op: its inputs, its record, its outputs."""
+
+    name: str
+    gaussian_nll: Op  # NLLInputs, Likelihood -> (nll,)
+    latent: Op  # LatentInputs, Latent -> (z or None, kl or None); its backward takes `out` too
+    elbo: Op  # ElboInputs, Elbo -> (loss,) or (loss, nll, kl)
+    elbo_terms: Op  # ElboInputs, Elbo -> (nll, kl), each with an upstream gradient of its own
+    linear_nll: Op  # LinearInputs, Linear -> (nll,)
+    linear_elbo: Op  # LinearElboInputs, LinearElbo -> (loss,) or (loss, nll, kl)
