@@ -84,7 +84,7 @@ def nll_pass(
     likes = recon if needs[0] else None, x if needs[1] else None, given if whole and needs[2] else None
     sums = shape[: spec.keep] if want_terms else None, (() if shared else given.shape) if needs[2] and not whole else None
     tile = partial(_shared if shared else _general, spec, needs, acc, want_terms, whole)
-    arrays = 1 / 8 if shared and needs[0] else 1.0  # with a gradient to work in, squared residuals need no other memory
+    arrays = 1 / 16 if shared and needs[0] else 1.0  # with a gradient to work in, squared residuals need no other memory
     each = recon, x, given, w.against(weight, ndim), rate
     (nll, d_shared), (d_recon, d_x, d_variance) = w.walk(tile, each, likes, sums, acc, arrays)
     if needs[2]:

@@ -158,15 +158,20 @@ def kl_pass(
     each = (*moments, w.against(weight, mu.ndim), rate, *(through or (None, None)))
     sums = (mu.shape[:keep] if want_terms else None,)
 
-    def run(exact: bool) -> tuple[Any, Any]:
-        return w.walk(partial(_tile, spec, needs, acc, want_terms, exact), each, likes, sums, acc, arrays=4.0 if exact else 2.0)
+    def run(exact: bool, hide: bool) -> tuple[Any, Any]:
+        return w.walk(
+            partial(_tile, spec, needs, acc, want_terms, exact, hide), each, likes, sums, acc, arrays=4.0 if exact else 2.0
+        )
 
     exact = acc == torch.float64 or not on_host(mu) or (weight is not None and weight.dtype != torch.bool)
     exact = exact or (keep == mu.ndim if want_terms else inputs.prior_logvar is not None)
-    (kl,), gradients = run(exact)
+    (kl,), gradients = run(exact, exact or not want_terms)
+    if want_terms and not exact and weight is not None and not math.isfinite(float(kl.sum())):
+        del gradients  # their memory is free for the second pass, which hides what lies under a weight of 0
+        (kl,), gradients = run(exact, True)
     if want_terms and not exact and not _is_exact(kl, math.prod(mu.shape[keep:])):
-        del gradients  # their memory is free for the second pass
-        (kl,), gradients = run(True)
+        del gradients
+        (kl,), gradients = run(True, True)
     return kl if kl is None else kl.mul_(0.5 * spec.scale), tuple(
         [g if g is None or t is None else w.widen(g, t.dtype) for g, t in zip(gradients, moments, strict=True)]
     )
@@ -186,18 +191,19 @@ def _is_exact(total: Tensor, count: int) -> bool:
 
 
 def _tile(
-    spec: KL, needs: Needs, acc: torch.dtype, want_terms: bool, exact: bool,
+    spec: KL, needs: Needs, acc: torch.dtype, want_terms: bool, exact: bool, hide: bool,
     mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, rate: Any, to_mu: Any, to_sigma: Any,
     d_mu: Any, d_logvar: Any, d_prior_mu: Any, d_prior_logvar: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     raw = w.widen(logvar, acc)
     clamped = _clamped(raw, spec.clamp)
-    lv, d = w.present(weight, clamped), w.present(weight, w.widen(mu, acc))
+    absent = weight if hide else None
+    lv, d = w.present(absent, clamped), w.present(absent, w.widen(mu, acc))
     if prior_mu is not None:
-        d = d - w.present(weight, w.widen(prior_mu, acc))
+        d = d - w.present(absent, w.widen(prior_mu, acc))
     p = d
     if prior_logvar is not None:
-        prior_logvar = w.present(weight, w.widen(prior_logvar, acc))
+        prior_logvar = w.present(absent, w.widen(prior_logvar, acc))
         p = torch.div(d, torch.exp(prior_logvar), out=w.usable(d_mu, acc))
     expm1, rest = expm1_and_rest(lv, prior_logvar, exact, w.usable(d_logvar, acc))
     weight = None if weight is None else w.widen(weight, acc)

@@ -1,6 +1,6 @@
 """Walking tensors in runs that stay in cache. Nothing here knows a formula.
 
-Sums: float32 adds up 256 terms at most, and float64 adds these sums. What is done with a sum is done in float64 too, since it may
+Sums: float32 adds up SHORT terms at most, and float64 adds these sums. What is done with a sum is done in float64 too, since it may
 cancel. The result is rounded once.
 """
 
@@ -20,6 +20,9 @@ RUN = 1 << 18
 
 # Terms whose sum float64 may take as they come: fewer calls are worth more than the time that conversions take.
 MANY = 1 << 14
+
+# Terms that float32 adds up. Where they cancel, longer runs were less exact than the formula that users write.
+SHORT = 64
 
 Shape = tuple[int, ...]
 Sums = Sequence[Tensor | None]
@@ -48,30 +51,31 @@ def sum_over(terms: Tensor, keep: int) -> Tensor:
         return terms
     if not on_host(terms):
         return terms.flatten(keep).sum(-1)
-    runs = _short_runs(terms, keep) if terms.numel() > MANY else None
-    if runs is not None:
-        return runs.sum(-1).double().sum(-1)
-    return terms.flatten(keep).sum(-1, dtype=torch.float64) if keep else terms.sum(dtype=torch.float64)
+    if terms.numel() <= MANY or not terms.is_contiguous():
+        return terms.flatten(keep).sum(-1, dtype=torch.float64) if keep else terms.sum(dtype=torch.float64)
+    runs, rest = _short_runs(terms, keep)
+    total = runs.sum(-1).double().sum(-1)
+    return total if rest is None else total.add_(rest.sum(-1))
 
 
 def sum_of_squares(t: Tensor, keep: int) -> Tensor:
     """`sum_over` of t^2; norms read t and write next to nothing."""
-    runs = _short_runs(t, keep) if keep < t.ndim and on_host(t) else None
-    if runs is None:
+    if keep == t.ndim or not on_host(t) or t.numel() <= MANY or not t.is_contiguous():
         return sum_over(t * t, keep)
+    runs, rest = _short_runs(t, keep)
     norms = torch.linalg.vector_norm(runs, dim=-1).double()
-    return norms.mul_(norms).sum(-1) if keep else torch.dot(norms, norms)
+    total = norms.mul_(norms).sum(-1)
+    return total if rest is None else total.add_((rest * rest).sum(-1))
 
 
-def _short_runs(t: Tensor, keep: int) -> Tensor | None:
-    """All but the first `keep` dimensions as (runs, elements of a run), where memory allows."""
-    if not t.is_contiguous():
-        return None
-    count = math.prod(t.shape[keep:])
-    length = min(count & -count, 256)
-    if length < 16:
-        return None
-    return t.view(*t.shape[:keep], -1, length)
+def _short_runs(t: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
+    """All but the first `keep` dimensions as (runs, SHORT elements), and what is left over."""
+    kept, count = t.shape[:keep], math.prod(t.shape[keep:])
+    rest = count % SHORT
+    if not rest:
+        return t.view(*kept, count // SHORT, SHORT), None
+    flat, whole = t.view(*kept, count), count - rest
+    return flat.narrow(-1, 0, whole).view(*kept, whole // SHORT, SHORT), flat.narrow(-1, whole, rest)
 
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
