@@ -50,7 +50,7 @@ example: $(READY) ## train a linear VAE and compare it with pPCA's closed form
 # One thread per worker: the workers already fill the cores.
 .PHONY: test
 test: $(READY) ## run the tests (JOBS=2 workers; PYTEST_ARGS="-k kl")
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(READY) ## ruff, its formatter, mypy on the public API, and whether the README's figures are the committed data's
