@@ -1,9 +1,8 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
 from .distributions import DiagonalGaussian
-from .estimators import sgvb_loss
+from .estimators import effective_beta, sgvb_loss
 from .functional import (
-    effective_beta,
     elbo_loss,
     elbo_terms,
     gaussian_kl,

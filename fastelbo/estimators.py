@@ -1,4 +1,4 @@
-"""Whole estimators, decoder included."""
+"""Whole estimators, decoder included, and the beta that a hand-written one has."""
 
 from __future__ import annotations
 
@@ -102,3 +102,48 @@ def sgvb_loss(
         nll = nll / num_samples
     loss = nll + as_factor(beta, accumulate_dtype(nll, kl), x.device) * kl
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
+
+
+def effective_beta(
+    kl_weight: float,
+    *,
+    elements: int,
+    latents: int | None = None,
+    recon_reduction: str = "mean",
+    kl_reduction: str = "batchmean",
+    variance: float = 1.0,
+    batch_size: int | None = None,
+) -> float:
+    """The beta of the beta-VAE that `mse(recon, x, recon_reduction) + kl_weight * KL(kl_reduction)` really trains.
+
+    With a fixed variance s^2, -log p(x|z) = SSE / (2 s^2) + const, so any such loss is, up to a factor, SSE / (2 s^2) + beta * KL.
+    `mse(reduction="mean") + w * KL(batchmean)` is beta = w * D / 2 at s^2 = 1; `mse(reduction="sum") + KL(sum)` is the ELBO at
+    s^2 = 1/2.
+
+    Args:
+        kl_weight: The factor of the KL in that loss.
+        elements: D, elements of x per sample.
+        latents: J, latents per sample; needed for `kl_reduction="mean"`.
+        recon_reduction: How the squared error is reduced: "mean" (over everything), "batchmean" or "sum".
+        kl_reduction: How the KL is reduced, likewise.
+        variance: s^2, the fixed variance of the likelihood that the loss is read with.
+        batch_size: B; needed where one term is summed over the batch and the other averaged.
+
+    Raises:
+        ValueError: A reduction is unknown, a size that it needs is missing, or a size or variance is not positive.
+    """
+    for name, value in (("recon_reduction", recon_reduction), ("kl_reduction", kl_reduction)):
+        if value not in checks.REDUCTIONS[1:]:
+            raise ValueError(f"{name} must be one of 'batchmean', 'sum', 'mean', got {value!r}")
+    if kl_reduction == "mean" and latents is None:
+        raise ValueError("latents is needed for kl_reduction='mean'")
+    mixed = (recon_reduction == "sum") != (kl_reduction == "sum")
+    if mixed and batch_size is None:
+        raise ValueError("batch_size is needed where one reduction is 'sum' and the other is not")
+    for name, size in (("elements", elements), ("latents", latents), ("variance", variance), ("batch_size", batch_size)):
+        if size is not None and not size > 0:
+            raise ValueError(f"{name} must be positive, got {size}")
+    batch = batch_size or 1
+    squares_over = {"sum": 1, "batchmean": batch, "mean": batch * elements}[recon_reduction]
+    kl_over = {"sum": 1, "batchmean": batch, "mean": batch * (latents or 1)}[kl_reduction]
+    return kl_weight * squares_over / (2 * variance * kl_over)

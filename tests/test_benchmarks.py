@@ -39,7 +39,7 @@ def test_peers_compute_the_same(workload: Workload, uncompiled: None) -> None:
 
 @each_workload
 def test_byte_model_counts_the_inputs(workload: Workload) -> None:
-    """What is read in forward is what the inputs hold, but for masks, scalars and vectors; a step moves more than that."""
+    """What is read in forward is what the inputs hold, except for masks, scalars and vectors; a step moves more than that."""
     sizes = workload.sizes("small")
     elements, forward, step = workload.traffic(**sizes)
     inputs = workload.inputs(Draw(CPU, torch.float32), **sizes)
