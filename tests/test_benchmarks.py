@@ -85,7 +85,7 @@ def test_a_record_holds_every_figure(uncompiled: None) -> None:
 
 
 def test_peak_memory_is_exact() -> None:
-    """Two temporaries at once beside the gradient, of which one lives on: counted to the byte, but for the loss itself."""
+    """Two temporaries at once beside the gradient, of which one lives on: counted to the byte, except for the loss itself."""
     n = 1 << 18
 
     def loss(recon: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_units_in_the_last_place() -> None:
         (1.5, 1.0, 0.5),
         (math.inf, 1e5, 0.0),  # the truth overflows float16
         (-math.inf, 1e5, math.inf),
-        (math.inf, 65503.0, 0.0),  # but for its last digits it would
+        (math.inf, 65503.0, 0.0),  # only its last digits keep it from that
         (math.inf, 6e4, math.inf),
         (6e4, 1e5, 4e4),
         (math.nan, 1.0, math.inf),

@@ -170,7 +170,7 @@ def test_a_training_step(backend: Backend) -> None:
         mu, logvar = encoder(x).chunk(2, 1)
         if fused:
             recon = decoder(fastelbo.Reparameterize(impl=backend.impl)(mu, logvar, eps=eps))
-            # mse + KL, both summed and over the batch: the ELBO at a variance of 1/2, but for its constant.
+            # mse + KL, both summed and over the batch: the ELBO at a variance of 1/2, except for its constant.
             loss = fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar=-0.6931471805599453, full=False, impl=backend.impl)
             loss = loss + 0.5 * 15 * 0.6931471805599453
         else:
