@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype, has_float16, on_host
@@ -20,11 +21,13 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
     # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
     ready = True in needs and on_host(inputs.recon) and not has_float16(inputs[:7])
     asked = needs if ready else (False,) * 7
-    acc = accumulate_dtype(*inputs[:7])
+    acc, posterior, beta = accumulate_dtype(*inputs[:7]), inputs.latent, spec.beta
     nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
-    kl, of_kl = latent.kl_pass(inputs.latent, spec.kl, asked[3:], spec.kl.scale * spec.beta, acc)
-    outputs = (nll + spec.beta * kl, nll, kl) if spec.return_terms else (nll + spec.beta * kl,)
-    return tuple([w.widen(t, acc) for t in outputs]), (*of_nll, *of_kl) if ready else None
+    kl, slopes = latent.kl_pass(posterior, spec.kl, asked[3:], acc)
+    of_kl = latent.times(slopes, posterior, spec.kl.scale * beta, asked[3:], acc) if ready else ()
+    loss = w.widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
+    outputs = (loss, w.widen(nll, acc), w.widen(kl, acc)) if spec.return_terms else (loss,)
+    return outputs, (*of_nll, *of_kl) if ready else None
 
 
 def backward(inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
@@ -50,9 +53,8 @@ def terms_forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[T
 def terms_backward(
     inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: tuple[Any, Any] | None
 ) -> Gradients:
-    grad_nll, grad_kl = grad_outputs
+    (grad_nll, grad_kl), (kept_nll, kept_kl) = grad_outputs, kept or (None, None)
     acc = accumulate_dtype(*inputs[:7])
-    kept_nll, kept_kl = kept or (None, None)
     of_nll: Gradients = (None,) * 3
     of_kl: Gradients = (None,) * 4
     if grad_nll is not None and True in needs[:3]:

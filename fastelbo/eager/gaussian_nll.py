@@ -26,19 +26,15 @@ def forward(
 ) -> tuple[tuple[Tensor], Gradients | None]:
     """The gradients are made along with the terms, for an upstream gradient of 1, where backward can scale them as they are."""
     acc = acc or accumulate_dtype(*inputs[:3])
-    ready = writes_gradients(inputs, needs, spec.keep, acc)
+    ready = _backward_only_scales(inputs, needs, spec.keep, acc)
     nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 3, spec.scale, acc)
     return (w.widen(nll, acc),), gradients if ready else None
 
 
 def backward(
-    inputs: NLLInputs,
-    spec: Likelihood,
-    grad_outputs: Gradients,
-    needs: Needs,
-    kept: Gradients | None,
+    inputs: NLLInputs, spec: Likelihood, grad_outputs: Gradients, needs: Needs, kept: Gradients | None,
     acc: torch.dtype | None = None,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     (grad_output,) = grad_outputs
     assert grad_output is not None
     if kept is not None:
@@ -51,20 +47,20 @@ def backward(
 OP = Op(forward, backward)
 
 
-def writes_gradients(inputs: Any, needs: Needs, keep: int, acc: torch.dtype) -> bool:
-    """Whether a forward pass may write gradients that backward only scales: by a number, or by one for each row.
+def _backward_only_scales(inputs: NLLInputs, needs: Needs, keep: int, acc: torch.dtype) -> bool:
+    """Whether gradients for an upstream gradient of 1 need no more than its factor, one for all or for each row.
 
     Gradients in half precision would be rounded twice, and those of inputs that broadcast hold a sum over rows.
     """
-    shape = inputs[0].shape
-    if True not in needs or keep == len(shape) or not on_host(inputs[0]):
+    shape = inputs.recon.shape
+    if True not in needs or keep == len(shape) or not on_host(inputs.recon):
         return False
     return not any(need and (t.dtype != acc or (keep and t.shape != shape)) for t, need in zip(inputs, needs, strict=False))
 
 
 def scaled(gradients: Gradients, grad_output: Tensor) -> Gradients:
     """Gradients that nobody has seen yet times the upstream gradient, which has a number for each row or one for all."""
-    if grad_output.ndim == 0 and grad_output.is_cpu and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
+    if grad_output.ndim == 0 and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
         return gradients
     return tuple([g if g is None else g.mul_(w.against(grad_output, g.ndim, grad_output.ndim)) for g in gradients])
 
@@ -74,73 +70,89 @@ def nll_pass(
 ) -> tuple[Any, Gradients]:
     """The scaled sums of the terms, and `rate` times the gradients that are needed."""
     recon, x, variance, weight = inputs
-    shape, ndim = recon.shape, recon.ndim
-    shared = weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim)
-    given: Any = spec.logvar if variance is None else variance
-    if not shared:
-        given = torch.full((), spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
-        given = w.against(given if given.ndim else given.reshape((1,) * ndim), ndim)
-    whole = not shared and given.shape == shape
-    likes = recon if needs[0] else None, x if needs[1] else None, given if whole and needs[2] else None
-    sums = shape[: spec.keep] if want_terms else None, (() if shared else given.shape) if needs[2] and not whole else None
-    tile = partial(_shared if shared else _general, spec, needs, acc, want_terms, whole)
-    arrays = 1 / 16 if shared and needs[0] else 1.0  # with a gradient to work in, squared residuals need no other memory
-    each = recon, x, given, w.against(weight, ndim), rate
-    (nll, d_shared), (d_recon, d_x, d_variance) = w.walk(tile, each, likes, sums, acc, arrays)
-    if needs[2]:
-        d_variance = (d_variance if whole else d_shared).reshape(variance.shape)  # type: ignore[union-attr]
-    gradients = zip((d_recon, d_x, d_variance), inputs, strict=False)
-    return nll, tuple([g if g is None or t is None else w.widen(g, t.dtype) for g, t in gradients])
+    shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
+    likes = recon if needs[0] else None, x if needs[1] else None
+    if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
+        level: Any = spec.logvar if variance is None else w.widen(variance, acc)
+        tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
+        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, 16.0)
+    else:
+        given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
+        given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)
+        whole = needs[2] and given.shape == shape
+        each, shared = (recon, x, given, w.against(weight, ndim), rate), given.shape if needs[2] and not whole else None
+        found, gradients = w.walk(
+            partial(_tile, spec, acc, want_terms, needs[2]), each, (*likes, given if whole else None), (sums, shared), acc
+        )
+        nll, d_variance = found[0], gradients[2] if whole else found[1]
+    if needs[2] and variance is not None:
+        d_variance = d_variance.reshape(variance.shape)
+    each_gradient = zip((*gradients[:2], d_variance), inputs, strict=False)
+    return nll, tuple([g if g is None or t is None else w.widen(g, t.dtype) for g, t in each_gradient])
 
 
-def _shared(
-    spec: Likelihood, needs: Needs, acc: torch.dtype, want_terms: bool, _whole: bool,
-    recon: Tensor, x: Tensor, logvar: Any, _: None, rate: Any, d_recon: Any, d_x: Any, d_logvar: Any,
+def _of_one_variance(
+    spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
+    recon: Tensor, x: Tensor, logvar: Any, rate: Any, d_recon: Any, d_x: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """One log-variance for all elements, a number or a 0-d tensor, and no weights: squared residuals, and numbers beside them."""
-    nll = d_shared = None
-    logvar = w.widen(logvar, acc) if isinstance(logvar, Tensor) else logvar
+    nll = slope = None
     inverse = torch.exp(-logvar) if isinstance(logvar, Tensor) else _exp(-logvar)
-    d = torch.sub(w.widen(recon, acc), w.widen(x, acc), out=w.usable(d_recon, acc))
-    if want_terms or needs[2]:
+    d = torch.sub(w.widen(recon, acc), w.widen(x, acc), out=d_x if d_recon is None else d_recon)
+    if want_terms or want_slope:
         squares, count = w.sum_of_squares(d, spec.keep), math.prod(d.shape[spec.keep :])
-        if needs[2]:
+        if want_slope:
             rows = rate.reshape(squares.shape) if isinstance(rate, Tensor) and rate.ndim else rate
-            d_shared = ((count - squares * inverse) * (0.5 * rows)).sum()
-        if want_terms:
-            nll = squares.mul_(0.5 * inverse * spec.scale)
-            if spec.full or isinstance(logvar, Tensor) or logvar:
-                nll = nll.add_((logvar + (LOG_2PI if spec.full else 0.0)) * (0.5 * count * spec.scale))
-    if needs[1]:
-        d_x = torch.mul(d, -inverse * rate, out=w.usable(d_x, acc))
-    if needs[0]:
-        d_recon = d.mul_(inverse * rate)
-    return (nll, d_shared), (d_recon, d_x, None)
+            slope = ((count - squares * inverse) * (0.5 * rows)).sum()
+        nll = squares.mul_(0.5 * inverse * spec.scale)
+        if spec.full or isinstance(logvar, Tensor) or logvar:
+            nll.add_((logvar + (LOG_2PI if spec.full else 0.0)) * (0.5 * count * spec.scale))
+    if d_recon is not None:
+        w.times(d, inverse * rate)
+    if d_x is not None:
+        torch.neg(d, out=d_x) if d_recon is not None else w.times(d, -inverse * rate)
+    return nll, slope
 
 
-def _general(
-    spec: Likelihood, needs: Needs, acc: torch.dtype, want_terms: bool, whole: bool,
+def _tile(
+    spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
     recon: Tensor, x: Tensor, given: Tensor, weight: Any, rate: Any, d_recon: Any, d_x: Any, d_given: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Any variance that broadcasts, in any parameter, and weights."""
-    nll = d_shared = None
+    nll = slopes = None
     shape, recon, x = given.shape, w.widen(recon, acc), w.widen(x, acc)
     given = w.present(weight, w.widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
-    d = torch.sub(w.present(weight, recon), w.present(weight, x), out=w.usable(d_given, acc))
-    ratio, logvar, slope = _over_variance(d, given, spec, w.usable(d_recon, acc))
-    rate = rate if weight is None else w.widen(weight, acc) * rate
+    d = torch.sub(w.present(weight, recon), w.present(weight, x), out=d_given)
+    ratio, logvar, inner = _over_variance(d, given, spec, d_recon)
     square = torch.mul(d, ratio, out=d)
     if want_terms:
         nll = _sum_of_terms(square, logvar, weight, spec)
-    if needs[2]:
-        half = 0.5 * rate if slope is None else rate * slope
-        slopes = square.mul_(-half).add_(half) if whole or not isinstance(half, Tensor) else half - square * half
-        d_given, d_shared = (slopes, None) if whole else (None, slopes.sum_to_size(shape))
-    if needs[1]:
-        d_x = torch.mul(ratio, -rate, out=w.usable(d_x, acc))
-    if needs[0]:
-        d_recon = ratio.mul_(rate)
-    return (nll, d_shared), (d_recon, d_x, d_given)
+    rate = rate if weight is None else w.widen(weight, acc) * rate
+    if want_slope:
+        half = 0.5 * rate if inner is None else rate * inner
+        if d_given is None:
+            slopes = (half - square * half).sum_to_size(shape)
+        elif isinstance(half, Tensor):
+            square.mul_(-half).add_(half)
+        else:
+            torch.sub(torch.full((), half, dtype=acc, device=d.device), square, alpha=half, out=square)
+    if d_x is not None:
+        torch.mul(ratio, -rate, out=d_x)
+    if d_recon is not None:
+        ratio.mul_(rate)
+    return nll, slopes
+
+
+def _sum_of_terms(square: Tensor, logvar: Tensor, weight: Tensor | None, spec: Likelihood) -> Tensor:
+    """scale * sums of weight / 2 (r^2 + log variance + log 2 pi)."""
+    constant, keep, shape = LOG_2PI if spec.full else 0.0, spec.keep, square.shape
+    if weight is not None or keep == len(shape) or not on_host(square):
+        terms = (square + logvar).add_(constant)
+        return w.sum_over(terms if weight is None else terms.mul_(weight), keep).mul_(0.5 * spec.scale)
+    # Each by itself needs no memory for the terms. What cancels in their sum, the sums in float64 still hold.
+    repeats = math.prod(shape[keep:]) // max(1, math.prod(logvar.shape[keep:]))
+    total = w.sum_over(square, keep).add_(w.sum_over(logvar, keep), alpha=repeats)
+    return total.add_(constant * math.prod(shape[keep:])).mul_(0.5 * spec.scale)
 
 
 def _over_variance(d: Tensor, given: Tensor, spec: Likelihood, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,23 +162,11 @@ def _over_variance(d: Tensor, given: Tensor, spec: Likelihood, out: Tensor | Non
         return torch.div(d, variance, out=out), given, None
     if spec.parameter == "std":
         return torch.div(d / given, given, out=out), 2 * torch.log(given), 1 / given
-    # Raised to the floor; a negative variance is an error, and NaN shows it where no check can.
-    raised = torch.clamp(given, min=spec.floor).masked_fill(given < 0, math.nan)
+    raised = torch.clamp(given, min=spec.floor)
+    if spec.floor == -math.inf or not on_host(given):
+        # A negative variance is an error. With a floor it has been refused on a host; NaN shows it where no check looked.
+        raised = raised.masked_fill(given < 0, math.nan)
     return torch.div(d, raised, out=out), torch.log(raised), 0.5 / raised
-
-
-def _sum_of_terms(square: Tensor, logvar: Tensor, weight: Tensor | None, spec: Likelihood) -> Tensor:
-    """scale * sums of weight / 2 (r^2 + log variance + log 2 pi)."""
-    constant, keep = LOG_2PI if spec.full else 0.0, spec.keep
-    if weight is not None or keep == square.ndim or not on_host(square):
-        terms = (square + logvar).add_(constant)
-        terms = terms if weight is None else terms.mul_(weight)
-        return w.sum_over(terms, keep).mul_(0.5 * spec.scale)
-    # Each by itself: what cancels in their sum, the sums in float64 still hold.
-    shape = square.shape
-    repeats = math.prod([n // max(1, m) for n, m in zip(shape[keep:], logvar.shape[keep:], strict=True)])
-    total = w.sum_over(square, keep).add_(w.sum_over(logvar, keep), alpha=repeats)
-    return total.add_(constant * math.prod(shape[keep:])).mul_(0.5 * spec.scale)
 
 
 def _exp(value: float) -> float:

@@ -22,224 +22,185 @@ from ..dtypes import accumulate_dtype, on_host
 from ..noise import sample_noise
 from ..specs import KL, Factor, Gradients, Latent, LatentInputs, Needs, Op
 from . import walk as w
-from .gaussian_nll import scaled, writes_gradients
 
 Clamp = tuple[float, float] | None
 
 
+class Slopes(NamedTuple):
+    """What the gradients are multiples of, in the dtype of the arithmetic; None where nothing asks for it."""
+
+    p: Tensor | None = None
+    expm1: Tensor | None = None  # e^v - 1, and 0 where logvar is clamped
+    curve: Tensor | None = None  # d p + e^v - 1
+    spread: Tensor | None = None  # sigma eps, and 0 where logvar is clamped
+
+
 def forward(
     inputs: LatentInputs, spec: Latent, needs: Needs, acc: torch.dtype | None = None
-) -> tuple[tuple[Tensor | None, Tensor | None], Any]:
-    """The KL's gradients are made along with its terms, where there is no sample whose gradient would have to be added."""
-    z = sample(inputs, spec)
-    if not spec.want_kl:
-        return (z, None), None
-    acc = acc or accumulate_dtype(*inputs[:4])
-    if z is not None or not writes_gradients(inputs, needs, spec.kl.keep, acc):
-        return (z, w.widen(kl_pass(inputs, spec.kl, (False,) * 4, None, acc)[0], acc)), None
-    if spec.kl.keep and inputs.weight is None:
-        # An upstream gradient for each row is not known yet, and multiplies what its slope lacks in the same pass.
-        asked = needs[0] or needs[2], needs[1], False, needs[3]
-        kl, (p, expm1, _, curve) = kl_pass(inputs, spec.kl, asked, None, acc)
-        return (None, w.widen(kl, acc)), _Slopes(p, expm1, curve)
-    kl, gradients = kl_pass(inputs, spec.kl, needs, spec.kl.scale, acc)
-    return (None, w.widen(kl, acc)), gradients
-
-
-class _Slopes(NamedTuple):
-    """What the gradients of rows are multiples of: see the head of this file."""
-
-    p: Tensor | None
-    expm1: Tensor | None
-    curve: Tensor | None  # d p + e^v - 1
-
-    def times(self, rate: Any, needs: Needs) -> Gradients:
-        d_logvar = self.expm1.mul_(0.5 * rate) if self.expm1 is not None else None
-        d_prior_logvar = self.curve.mul_(-0.5 * rate) if self.curve is not None else None
-        d_mu = self.p.mul_(rate if needs[0] else -rate) if self.p is not None else None
-        if not needs[0]:
-            return None, d_logvar, d_mu, d_prior_logvar
-        return d_mu, d_logvar, torch.neg(d_mu) if needs[2] else None, d_prior_logvar  # type: ignore[arg-type]
+) -> tuple[tuple[Tensor | None, Tensor | None], Slopes | None]:
+    """The slopes are kept for backward, except those of noise from a seed, which backward makes again."""
+    if inputs.seed is not None or not on_host(inputs.mu):
+        needs = (False,) * 4
+    z, spread = sample(inputs, spec, needs[1])
+    kl, slopes = None, Slopes()
+    if spec.want_kl:
+        acc = acc or accumulate_dtype(*inputs[:4])
+        kl, slopes = kl_pass(inputs, spec.kl, needs, acc)
+        kl = w.widen(kl, acc)
+    return (z, kl), slopes._replace(spread=spread) if True in needs else None
 
 
 def backward(
-    inputs: LatentInputs, spec: Latent, grad_outputs: Gradients, needs: Needs, kept: Any,
+    inputs: LatentInputs, spec: Latent, grad_outputs: Gradients, needs: Needs, kept: Slopes | None,
     out: tuple[Tensor, Tensor] | None = None, acc: torch.dtype | None = None,
 ) -> Gradients:  # fmt: skip
     """`out` has memory of any strides for the gradients of mu and logvar."""
     grad_z, grad_kl = grad_outputs
     acc = acc or accumulate_dtype(*inputs[:4])
+    if kept is None:
+        kept = Slopes() if grad_kl is None else kl_pass(inputs, spec.kl, needs, acc)[1]
+        kept = kept._replace(spread=None if grad_z is None or not needs[1] else sample(inputs, spec, True)[1])
     rate = None if grad_kl is None else w.against(w.widen(grad_kl, acc) * spec.kl.scale, inputs.mu.ndim, spec.kl.keep)
-    if kept is not None:
-        assert grad_kl is not None
-        return kept.times(rate, needs) if isinstance(kept, _Slopes) else scaled(kept, grad_kl)
-    through = None if grad_z is None else _through(inputs, spec, w.widen(grad_z, acc), needs)
-    if rate is not None:
-        d_mu, d_logvar, *of_prior = kl_pass(inputs, spec.kl, needs, rate, acc, False, through)[1]
-    else:
-        assert through is not None
-        (d_mu, d_logvar), of_prior = through, [None, None]
-        if d_logvar is not None:
-            d_logvar = _sigma(inputs.logvar, spec.kl.clamp, acc).mul_(0.5).mul_(d_logvar)
-            d_logvar = w.widen(_cut(d_logvar, inputs.logvar, spec.kl.clamp), inputs.logvar.dtype)
-        d_mu = None if d_mu is None else w.widen(d_mu, inputs.mu.dtype)
+    gradients = times(kept, inputs, rate, needs, acc, None if grad_z is None else w.widen(grad_z, acc))
     if out is not None:
-        d_mu, d_logvar = (g if g is None else place.copy_(g) for g, place in zip((d_mu, d_logvar), out, strict=True))
-    return d_mu, d_logvar, *of_prior
+        gradients = (*[g if g is None else place.copy_(g) for g, place in zip(gradients, out, strict=False)], *gradients[2:])
+    return gradients
 
 
 OP = Op(forward, backward)
 
 
+def times(
+    slopes: Slopes, inputs: LatentInputs, rate: Factor | None, needs: Needs, acc: torch.dtype, grad_z: Tensor | None = None
+) -> Gradients:
+    """`rate` times the slopes of the KL, whose memory is used up (None: no KL), plus what comes through samples."""
+    p, expm1, curve, spread = slopes
+    d_mu = d_logvar = d_prior_mu = d_prior_logvar = None
+    samples = grad_z is not None and grad_z.ndim > inputs.mu.ndim
+    if needs[0]:
+        d_mu = grad_z.sum(0) if samples else grad_z
+    if rate is not None:
+        rate = rate if inputs.weight is None else w.widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
+        if needs[0]:
+            d_mu = p * rate if d_mu is None else torch.addcmul(d_mu, p, rate)
+        if needs[1]:
+            d_logvar = expm1.mul_(0.5 * rate)
+        if needs[2]:
+            d_prior_mu = p.mul_(-rate)
+        if needs[3]:
+            d_prior_logvar = curve.mul_(-0.5 * rate)
+    if needs[1] and grad_z is not None:
+        if d_logvar is None or samples:
+            through = (grad_z * spread).sum(0) if samples else grad_z * spread
+            d_logvar = through.mul_(0.5) if d_logvar is None else d_logvar.add_(through, alpha=0.5)
+        else:
+            d_logvar.addcmul_(grad_z, spread, value=0.5)
+    found = zip((d_mu, d_logvar, d_prior_mu, d_prior_logvar), needs, inputs, strict=False)
+    return tuple([w.widen(g, t.dtype) if need and g is not None else None for g, need, t in found])
+
+
 # ---- the sample ------------------------------------------------------------------------------------------------------------------
 
 
-def sample(inputs: LatentInputs, spec: Latent) -> Tensor | None:
-    """z in mu's dtype, rounded once; None where there is no noise."""
+def sample(inputs: LatentInputs, spec: Latent, want_spread: bool) -> tuple[Tensor | None, Tensor | None]:
+    """z in mu's dtype, rounded once, and its spread; None where there is no noise."""
     if inputs.eps is None and inputs.seed is None:
-        return None
+        return None, None
     acc = accumulate_dtype(inputs.mu, inputs.logvar)
-    sigma = _sigma(inputs.logvar, spec.kl.clamp, acc)
-    return w.widen(torch.addcmul(w.widen(inputs.mu, acc), sigma, _noise(inputs, spec, acc)), inputs.mu.dtype)
-
-
-def _through(inputs: LatentInputs, spec: Latent, grad_z: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    """What z hands down to mu, and to sigma: g and g eps, each summed over the samples."""
-    to_mu = grad_z if needs[0] else None
-    to_sigma = grad_z * _noise(inputs, spec, grad_z.dtype) if needs[1] else None
-    if spec.num_samples is None:
-        return to_mu, to_sigma
-    return None if to_mu is None else to_mu.sum(0), None if to_sigma is None else to_sigma.sum(0)
-
-
-def _sigma(logvar: Tensor, clamp: Clamp, acc: torch.dtype) -> Tensor:
-    return torch.mul(_clamped(w.widen(logvar, acc), clamp), 0.5).exp_()
-
-
-def _noise(inputs: LatentInputs, spec: Latent, acc: torch.dtype) -> Tensor:
-    if inputs.eps is not None:
-        return w.widen(inputs.eps, acc)
-    assert inputs.seed is not None
-    return sample_noise(inputs.mu, inputs.seed, spec.num_samples, acc)
+    mu, logvar = w.widen(inputs.mu, acc), w.widen(inputs.logvar, acc)
+    sigma = torch.mul(_clamped(logvar, spec.kl.clamp), 0.5).exp_()
+    noise = inputs.eps if inputs.seed is None else sample_noise(inputs.mu, inputs.seed, spec.num_samples, acc)
+    if not want_spread:
+        return w.widen(torch.addcmul(mu, sigma, w.widen(noise, acc)), inputs.mu.dtype), None
+    spread = sigma * w.widen(noise, acc)
+    z = w.widen(mu + spread, inputs.mu.dtype)
+    return z, _cut(spread, logvar, spec.kl.clamp)
 
 
 def _clamped(logvar: Tensor, clamp: Clamp) -> Tensor:
     return logvar if clamp is None else torch.clamp(logvar, *clamp)
 
 
-def _reaching(clamp: Clamp, logvar: Tensor) -> Clamp:
-    """The clamp, or None where nothing lies outside, which one look shows on a CPU."""
-    if clamp is None or not on_host(logvar) or not logvar.numel():
-        return clamp
-    least, most = torch.aminmax(logvar)
-    return None if float(least) >= clamp[0] and float(most) <= clamp[1] else clamp
-
-
-def _cut(gradient: Tensor, logvar: Tensor, clamp: Clamp) -> Tensor:
-    """The gradient of logvar, which is 0 outside the clamp."""
-    return gradient if clamp is None else gradient.masked_fill_((logvar < clamp[0]) | (logvar > clamp[1]), 0.0)
+def _cut(slope: Tensor, logvar: Tensor, clamp: Clamp) -> Tensor:
+    """The slope in logvar, in place, which is 0 outside the clamp."""
+    if clamp is None:
+        return slope
+    if on_host(logvar) and logvar.numel():  # where nothing lies outside, as is usual, one look is cheaper than a mask
+        least, most = torch.aminmax(logvar)
+        if float(least) >= clamp[0] and float(most) <= clamp[1]:
+            return slope
+    return slope.masked_fill_((logvar < clamp[0]) | (logvar > clamp[1]), 0.0)
 
 
 # ---- the KL ----------------------------------------------------------------------------------------------------------------------
 
 
-def kl_pass(
-    inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor | None, acc: torch.dtype, want_terms: bool = True,
-    through: tuple[Tensor | None, Tensor | None] | None = None,
-) -> tuple[Any, Gradients]:  # fmt: skip
-    """The scaled sums of the terms, and `rate` times the gradients (None: the slopes), plus what comes `through` a sample.
+def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> tuple[Any, Slopes]:
+    """The scaled sums of the terms, and the slopes that the gradients need.
 
-    Sums are taken in float32 first, and once more in float64 where they show that this is not exact enough.
+    Sums are taken in float32 first, and once more without what lies under a weight of 0 where they show a NaN, or in float64 where
+    they show that float32 was not exact enough. With eps = 2^-24, a term e^v - 1 - v is off by eps |v| in float32.
+    The sum of |v| is at most sqrt(2 count total), since the term is about v^2 / 2 where that matters. So a total of count / 18 is
+    off by 3 ulp at most. Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
     """
     *moments, weight, _, _ = inputs
-    mu, keep = inputs.mu, spec.keep
-    spec = spec._replace(clamp=_reaching(spec.clamp, inputs.logvar))
-    likes = [t if need else None for t, need in zip(moments, needs, strict=True)]
-    each = (*moments, w.against(weight, mu.ndim), rate, *(through or (None, None)))
-    sums = (mu.shape[:keep] if want_terms else None,)
+    mu, logvar, prior_mu, prior_logvar = moments
+    shape, count = mu.shape[: spec.keep], math.prod(mu.shape[spec.keep :])
+    masks = weight is None or weight.dtype == torch.bool
+    weight = None if weight is None else w.widen(w.against(weight, mu.ndim), acc)
 
-    def run(exact: bool, hide: bool) -> tuple[Any, Any]:
-        return w.walk(
-            partial(_tile, spec, needs, acc, want_terms, exact, hide), each, likes, sums, acc, arrays=4.0 if exact else 2.0
-        )
+    def run(exact: bool, hide: bool) -> tuple[Any, Slopes]:
+        p_is_mu = prior_mu is None and prior_logvar is None and mu.dtype == acc and not hide
+        wanted = (needs[0] or needs[2]) and not p_is_mu, needs[1], needs[3]
+        likes = [t if want else None for t, want in zip((mu, logvar, mu), wanted, strict=True)]
+        tile = partial(_tile, spec, acc, exact, hide)
+        (kl,), (p, *others) = w.walk(tile, (*moments, weight), likes, (shape,), acc, 0.25 if exact else 0.5)
+        return kl, Slopes(mu if p_is_mu else p, *others)
 
-    exact = acc == torch.float64 or not on_host(mu) or (weight is not None and weight.dtype != torch.bool)
-    exact = exact or (keep == mu.ndim if want_terms else inputs.prior_logvar is not None)
-    (kl,), gradients = run(exact, exact or not want_terms)
-    if want_terms and not exact and weight is not None and not math.isfinite(float(kl.sum())):
-        del gradients  # their memory is free for the second pass, which hides what lies under a weight of 0
-        (kl,), gradients = run(exact, True)
-    if want_terms and not exact and not _is_exact(kl, math.prod(mu.shape[keep:])):
-        del gradients
-        (kl,), gradients = run(True, True)
-    return kl if kl is None else kl.mul_(0.5 * spec.scale), tuple(
-        [g if g is None or t is None else w.widen(g, t.dtype) for g, t in zip(gradients, moments, strict=True)]
-    )
-
-
-def _is_exact(total: Tensor, count: int) -> bool:
-    """Whether sums of `count` terms, doubled, in which e^v - 1 - v was computed in float32, are off by 3 ulp or less.
-
-    With eps = 2^-24 such a term is off by eps |v|. The sum of |v| is at most sqrt(2 count total), since e^v - 1 - v is about
-    v^2 / 2 where that matters, so the terms may not be too small. Nor may they be too large: beside a prior's log-variance v itself
-    is rounded, which moves e^v by eps |v|.
-    """
-    if not total.numel():
-        return True
-    least, most = map(float, torch.aminmax(total)) if total.ndim else (float(total),) * 2
-    return least >= count / 18 and most <= 20.0 * count
+    exact = acc == torch.float64 or not on_host(mu) or spec.keep == mu.ndim or not masks
+    hide = exact and weight is not None
+    kl, slopes = run(exact, hide)
+    if not exact and kl.numel():
+        if weight is not None and not math.isfinite(float(kl.sum())):
+            del slopes  # whose memory the next pass can take
+            kl, slopes = run(exact, hide=True)
+        least, most = map(float, torch.aminmax(kl) if kl.ndim else (kl, kl))
+        if not (least >= count / 18 and most <= 20 * count):
+            del slopes
+            kl, slopes = run(True, weight is not None)
+    return kl.mul_(0.5 * spec.scale), slopes
 
 
 def _tile(
-    spec: KL, needs: Needs, acc: torch.dtype, want_terms: bool, exact: bool, hide: bool,
-    mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, rate: Any, to_mu: Any, to_sigma: Any,
-    d_mu: Any, d_logvar: Any, d_prior_mu: Any, d_prior_logvar: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    raw = w.widen(logvar, acc)
-    clamped = _clamped(raw, spec.clamp)
+    spec: KL, acc: torch.dtype, exact: bool, hide: bool,
+    mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, of_p: Any, of_expm1: Any, of_curve: Any,
+) -> tuple[Tensor]:  # fmt: skip
     absent = weight if hide else None
-    lv, d = w.present(absent, clamped), w.present(absent, w.widen(mu, acc))
+    raw = w.widen(logvar, acc)
+    level, d = w.present(absent, _clamped(raw, spec.clamp)), w.present(absent, w.widen(mu, acc))
     if prior_mu is not None:
         d = d - w.present(absent, w.widen(prior_mu, acc))
     p = d
     if prior_logvar is not None:
         prior_logvar = w.present(absent, w.widen(prior_logvar, acc))
-        p = torch.div(d, torch.exp(prior_logvar), out=w.usable(d_mu, acc))
-    expm1, rest = expm1_and_rest(lv, prior_logvar, exact, w.usable(d_logvar, acc))
-    weight = None if weight is None else w.widen(weight, acc)
-    kl = None
-    if want_terms:
-        terms = rest.addcmul_(d, p)
-        kl = w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep)
-    if needs[3]:
-        d_prior_logvar = torch.addcmul(expm1, d, p, out=w.usable(d_prior_logvar, acc))
-    if rate is None:
-        d_logvar = _cut(expm1, raw, spec.clamp) if needs[1] else None
-        d_mu = None if not needs[0] else p.clone() if p is mu else p  # what backward writes to is not the input
-        return (kl,), (d_mu, d_logvar, None, d_prior_logvar)
-    rate = rate if weight is None else weight * rate
-    if needs[3]:
-        d_prior_logvar.mul_(-0.5 * rate)
-    if needs[1]:
-        d_logvar = expm1.mul_(0.5 * rate)
-        if to_sigma is not None:
-            d_logvar.addcmul_(torch.mul(clamped, 0.5).exp_(), to_sigma, value=0.5)
-        d_logvar = _cut(d_logvar, raw, spec.clamp)
-    if needs[2]:
-        d_prior_mu = torch.mul(p, -rate, out=w.usable(d_prior_mu, acc))
-    if needs[0]:
-        d_mu = torch.mul(p, rate, out=w.usable(d_mu, acc))
-        d_mu = d_mu if to_mu is None else d_mu.add_(to_mu)
-    found = d_mu, d_logvar, d_prior_mu, d_prior_logvar
-    return (kl,), tuple([g if need else None for g, need in zip(found, needs, strict=True)])
+        p = torch.div(d, torch.exp(prior_logvar), out=of_p)
+    elif of_p is not None:
+        of_p.copy_(d)
+    expm1, rest = expm1_and_rest(level, prior_logvar, exact, of_expm1)
+    if of_curve is not None:
+        torch.addcmul(expm1, d, p, out=of_curve)
+    if of_expm1 is not None:
+        _cut(of_expm1, raw, spec.clamp)
+    terms = rest.addcmul_(d, p)
+    return (w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep),)
 
 
-def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """e^v - 1 and e^v - 1 - v for v = logvar - prior_logvar.
+def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """e^v - 1, and e^v - 1 - v in logvar's dtype, for v = logvar - prior_logvar.
 
-    The second cancels near the prior. If it is to be `exact`, float32 on a CPU goes through float64, where it keeps its digits down
-    to |v| = 1e-8. Elsewhere float64 is slow or missing, and its own digits go near the prior: there a polynomial stands in for
-    |v| < 1.
+    The second cancels near the prior. If it is to be `exact`, float32 on a CPU goes through float64, which keeps its digits down to
+    |v| = 1e-8, where it is v^2 / 2. Elsewhere float64 is slow or missing, and its own digits go near the prior: there a polynomial
+    stands in for |v| < 1.
     """
     if not exact:
         v = logvar if prior_logvar is None else logvar - prior_logvar
@@ -249,10 +210,10 @@ def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out
         v = logvar.double()
         v = v if prior_logvar is None else v.sub_(prior_logvar)
         expm1 = torch.expm1(v)
-        narrow, rest = expm1.float(), expm1.sub_(v)
+        rest = expm1 - v
         if rest.numel() and float(rest.min()) < 1e-16:
             rest = torch.where(rest < 1e-16, 0.5 * v * v, rest)
-        return narrow, rest.float()
+        return expm1.float() if out is None else out.copy_(expm1), rest.float()
     v = logvar if prior_logvar is None else logvar - prior_logvar
     near, series = v.abs() < 1, torch.zeros_like(v)
     for k in range(11 if v.dtype == torch.float32 else 20, 1, -1):
@@ -265,4 +226,5 @@ def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out
         back = v - logvar
         low = (logvar - (v - back)) - (prior_logvar + back)
         exp = torch.where((exp * low).abs() < torch.inf, exp + exp * low, exp)
-    return torch.where(near, series + v, exp - 1.0), torch.where(near, series, exp - 1.0 - v)
+    expm1 = torch.where(near, series + v, exp - 1.0)
+    return expm1 if out is None else out.copy_(expm1), torch.where(near, series, exp - 1.0 - v)
