@@ -1,8 +1,12 @@
-"""From checked arguments to the fields of a record: priors in mu's shape, numbers that stay symbolic in a trace, factors, noise."""
+"""From arguments to the fields of a record: priors in mu's shape, numbers that stay symbolic in a trace, factors, noise.
+
+Each function that is named like an argument checks it first.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from . import checks
 from .dtypes import accumulate_dtype
 from .noise import check_seed, draw_seed
 from .specs import Factor
-from .tracing import FLOAT, NUMBER
+from .tracing import NUMBER
 
 
 def symbolic(value: float, like: Tensor) -> Tensor:
@@ -19,28 +23,31 @@ def symbolic(value: float, like: Tensor) -> Tensor:
     return torch.zeros((), dtype=accumulate_dtype(like), device=like.device) + value
 
 
-def as_factor(value: float | Tensor, acc: torch.dtype, device: torch.device) -> Factor:
-    """A checked factor in the dtype of the arithmetic: a product with a half-precision one would be rounded to its dtype."""
-    return value.to(device, acc) if isinstance(value, Tensor) else value
+def factor(name: str, value: float | Tensor, like: Sequence[Tensor | None], device: torch.device) -> Factor:
+    """A factor in the dtype of the arithmetic: a product with a half-precision one would be rounded to its dtype."""
+    checks.factor(name, value, device)
+    return value.to(device, accumulate_dtype(*like)) if isinstance(value, Tensor) else value
 
 
-def as_variance(parameter: str, value: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
-    """A checked variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
+def variance(name: str, parameter: str, value: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
+    """A variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
     if value is None:
         return None, "logvar", 0.0
+    checks.variance(name, parameter, value, recon)
     if isinstance(value, Tensor):
         return value, parameter, 0.0
     factor = 2 if parameter == "std" else 1
-    if torch.compiler.is_compiling() and isinstance(value, FLOAT):
+    if torch.compiler.is_compiling() and isinstance(value, NUMBER):
         number = symbolic(value, recon)
         return (number if parameter == "logvar" else torch.log(number) * factor), "logvar", 0.0
     return None, "logvar", float(value) if parameter == "logvar" else math.log(value) * factor
 
 
-def as_prior(value: float | Tensor | None, mu: Tensor) -> Tensor | None:
-    """A checked prior parameter in mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
+def prior(name: str, value: float | Tensor | None, mu: Tensor) -> Tensor | None:
+    """A prior's parameter in mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
     if value is None:
         return None
+    checks.prior(name, value, mu)
     if isinstance(value, NUMBER):
         if torch.compiler.is_compiling():
             return symbolic(value, mu).expand(mu.shape)
@@ -52,19 +59,24 @@ def as_prior(value: float | Tensor | None, mu: Tensor) -> Tensor | None:
     return (value.float() if value.dtype.itemsize < 4 else value).expand(mu.shape)
 
 
-def scale_of(reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None, acc: torch.dtype) -> Factor:
-    """The factor that turns a total over `shape` into the reduction; a mean over nothing is NaN."""
+def scale_of(
+    reduction: str, batch_dims: int, shape: torch.Size, weight: Tensor | None = None, like: Sequence[Tensor | None] = ()
+) -> Factor:
+    """The factor that turns a total over `shape` into the reduction; a mean over nothing is NaN.
+
+    The dtype of the arithmetic with the tensors `like` is that of a sum of weights.
+    """
     if reduction in ("sum", "none"):
         return 1.0
     if reduction == "mean" and weight is not None:
         # Over what the weight broadcasts to, it sums to this many times its own sum.
         times = math.prod(shape) / weight.numel() if weight.numel() else 0
-        return (1.0 / times if times else math.nan) / weight.sum(dtype=acc)
+        return (1.0 / times if times else math.nan) / weight.sum(dtype=accumulate_dtype(*like))
     count = math.prod(shape[:batch_dims] if reduction == "batchmean" else shape)
     return 1.0 / count if count else math.nan
 
 
-def draw(
+def noise(
     mu: Tensor, num_samples: int | None, eps: Tensor | None, seed: int | Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the sources of noise and return it as (eps, None) or as (None, seed), by the rule that the README tabulates."""

@@ -126,13 +126,15 @@ class PackedLatent(Function):
         ctx.save_for_backward(moments, prior_mu, prior_logvar, weight, eps, seed)
         ctx.op, ctx.spec, ctx.dim = op, spec, dim
         ctx.set_materialize_grads(False)
-        # Nothing is kept: backward writes both halves of the gradient at once.
         mu, logvar = moments.chunk(2, dim)
         inputs = LatentInputs(mu, logvar, prior_mu, prior_logvar, weight, eps, seed)
-        return op.forward(inputs, spec, (False,) * inputs.differentiable)[0]
+        need, *of_prior = ctx.needs_input_grad[3:6]
+        outputs, ctx.kept = op.forward(inputs, spec, (need, need, *of_prior))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        kept, ctx.kept = ctx.kept, None
         moments, *others = ctx.saved_tensors
         _, _, _, need, need_prior_mu, need_prior_logvar, *_ = ctx.needs_input_grad
         if all(g is None for g in grad_outputs):
@@ -149,7 +151,7 @@ class PackedLatent(Function):
             packed = torch.empty_like(moments) if need else None
             halves = None if packed is None else packed.chunk(2, ctx.dim)
             inputs, needs = LatentInputs(*moments.chunk(2, ctx.dim), *others), (need, need, need_prior_mu, need_prior_logvar)
-            _, _, *of_prior = ctx.op.backward(inputs, ctx.spec, grad_outputs, needs, None, out=halves)
+            _, _, *of_prior = ctx.op.backward(inputs, ctx.spec, grad_outputs, needs, kept, out=halves)
             grads = packed, *of_prior
         return None, None, None, *grads, None, None, None
 

@@ -48,14 +48,10 @@ def broadcast(name: str, t: Tensor, to: str, shape: torch.Size) -> None:
         raise ValueError(f"{name} has shape {shape_of(t)}, which does not broadcast to the shape {tuple(shape)} of {to}")
 
 
-def reduction(name: str) -> None:
-    if name not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}")
-
-
 def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
     """Check a reduction and batch_dims; return how many leading dimensions the sum keeps."""
-    reduction(name)
+    if name not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}")
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
         raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
     if not 0 <= batch_dims <= ndim:
@@ -64,8 +60,6 @@ def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
 
 
 def weight(value: Any, to: str, shape: torch.Size, device: torch.device) -> None:
-    if value is None:
-        return
     if not isinstance(value, Tensor):
         raise TypeError(f"weight must be a torch.Tensor or None, got {type(value).__name__}")
     if value.dtype != torch.bool:
@@ -90,9 +84,7 @@ def factor(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
 
 
-def clamp(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
+def clamp(value: Any) -> tuple[float, float]:
     numbers = isinstance(value, (tuple, list)) and len(value) == 2
     if not numbers or any(isinstance(c, bool) or not isinstance(c, NUMBER) for c in value):
         raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {value!r}")
@@ -103,8 +95,8 @@ def clamp(value: Any) -> tuple[float, float] | None:
 
 
 def prior(name: str, value: Any, mu: Tensor) -> None:
-    """A parameter of the prior: None, a number, or a tensor that broadcasts to mu."""
-    if value is None or (isinstance(value, NUMBER) and not isinstance(value, bool)):
+    """A parameter of the prior: a number, or a tensor that broadcasts to mu."""
+    if isinstance(value, NUMBER) and not isinstance(value, bool):
         return
     tensor(name, value, mu.device)
     broadcast(name, value, "mu", mu.shape)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .arguments import draw
+from . import arguments, checks
 from .functional import gaussian_nll, kl_of, posterior, reparameterised
 from .specs import Latent
 from .tracing import one_node
@@ -29,7 +28,7 @@ def of_posterior(
     inputs = posterior(mu, logvar, *prior, weight)
     spec = Latent(kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
     if noise is not None:
-        eps, seed = draw(mu, num_samples, *noise)
+        eps, seed = arguments.noise(mu, num_samples, *noise)
         inputs = inputs._replace(eps=eps, seed=seed)
     return reparameterised(inputs, spec, impl, None if moments is None else (moments, dim))
 
@@ -51,7 +50,7 @@ class DiagonalGaussian:
         checks.pair("mu", mu, "logvar", logvar)
         self.mu = mu
         self._logvar = logvar
-        self._clamp = checks.clamp(logvar_clamp)
+        self._clamp = None if logvar_clamp is None else checks.clamp(logvar_clamp)
         self._impl = impl
         self._moments: tuple[Tensor, int] | None = None
 

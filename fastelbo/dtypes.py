@@ -11,6 +11,9 @@ from torch import Tensor
 LOG_2PI = math.log(2 * math.pi)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32: the dtype of arithmetic, sums and losses."""
     return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32
@@ -23,4 +26,4 @@ def has_float16(tensors: Iterable[Tensor | None]) -> bool:
 
 def on_host(t: Tensor) -> bool:
     """Whether `t` is memory that Python can look at without waiting: on a CPU, and not a stand-in of a tracer."""
-    return t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return t.is_cpu and type(t) in _PLAIN

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks
-from .arguments import as_factor
-from .dtypes import accumulate_dtype
+from . import arguments, checks
 from .functional import gaussian_nll, reparameterize_kl
 
 
@@ -62,11 +60,12 @@ def sgvb_loss(
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     if eps is not None:
         checks.tensor("eps", eps, x.device)
-    checks.reduction(reduction)
+    checks.kept_dims(reduction, 1, 1)
     checks.tensor("mu", mu, x.device)
     if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
-    checks.weight(weight, "x", x.shape, x.device)
+    if weight is not None:
+        checks.weight(weight, "x", x.shape, x.device)
     if num_samples == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:
@@ -100,7 +99,7 @@ def sgvb_loss(
         nll = nll.mean(0)
     elif reduction == "sum":
         nll = nll / num_samples
-    loss = nll + as_factor(beta, accumulate_dtype(nll, kl), x.device) * kl
+    loss = nll + arguments.factor("beta", beta, (nll, kl), x.device) * kl
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
 
 

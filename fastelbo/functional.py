@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, checks
-from .arguments import as_factor, as_prior, as_variance, draw, scale_of, symbolic
-from .dtypes import accumulate_dtype, on_host
+from . import arguments, autograd, backend, checks
+from .dtypes import on_host
 from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import FLOAT, one_node
 
@@ -24,6 +23,8 @@ def reparameterised(
 ) -> tuple[Any, Any]:
     """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and logvar are the halves of moments."""
     chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
+    if chosen is backend.EAGER and not spec.want_kl and inputs.seed is None and packed is None:
+        chosen = None  # of a handful of operations nothing on a CPU is faster than the plain differentiable expression
     traced = torch.compiler.is_compiling()
     scale = spec.kl.scale
     if traced:
@@ -37,17 +38,20 @@ def reparameterised(
 
 def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any) -> LatentInputs:
     """Check what a KL takes, and return it without noise."""
-    checks.prior("prior_mu", prior_mu, mu)
-    checks.prior("prior_logvar", prior_logvar, mu)
-    checks.weight(weight, "mu", mu.shape, mu.device)
-    return LatentInputs(mu, logvar, as_prior(prior_mu, mu), as_prior(prior_logvar, mu), weight)
+    if prior_mu is not None:
+        prior_mu = arguments.prior("prior_mu", prior_mu, mu)
+    if prior_logvar is not None:
+        prior_logvar = arguments.prior("prior_logvar", prior_logvar, mu)
+    if weight is not None:
+        checks.weight(weight, "mu", mu.shape, mu.device)
+    return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
 
 
 def kl_of(inputs: LatentInputs, reduction: str, batch_dims: int, logvar_clamp: Any) -> KL:
     """Check the options of a KL, and return its record."""
     keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
-    scale = scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, accumulate_dtype(*inputs[:4]))
-    return KL(keep, scale, checks.clamp(logvar_clamp))
+    scale = arguments.scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, inputs[:4])
+    return KL(keep, scale, logvar_clamp if logvar_clamp is None else checks.clamp(logvar_clamp))
 
 
 # ---- before the decoder ----------------------------------------------------------------------------------------------------------
@@ -84,7 +88,7 @@ def reparameterize(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
     checks.pair("mu", mu, "logvar", logvar)
-    eps, seed = draw(mu, num_samples, eps, seed, generator)
+    eps, seed = arguments.noise(mu, num_samples, eps, seed, generator)
     inputs = LatentInputs(mu, logvar, None, None, None, eps, seed)
     return reparameterised(inputs, Latent(want_kl=False, num_samples=num_samples), impl)[0]
 
@@ -120,7 +124,7 @@ def reparameterize_kl(
     checks.pair("mu", mu, "logvar", logvar)
     inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
     kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
-    eps, seed = draw(mu, num_samples, eps, seed, generator)
+    eps, seed = arguments.noise(mu, num_samples, eps, seed, generator)
     return reparameterised(inputs._replace(eps=eps, seed=seed), Latent(kl, num_samples=num_samples), impl)
 
 
@@ -219,12 +223,11 @@ def gaussian_nll(
     if len(given) > 1:
         raise ValueError(f"give at most one of logvar, std and var, got {' and '.join(given)}")
     name, value = next(iter(given.items()), ("logvar", None))
-    if value is not None:
-        checks.variance(name, name, value, recon)
-    checks.weight(weight, "recon", recon.shape, recon.device)
+    variance, parameter, number = arguments.variance(name, name, value, recon)
+    if weight is not None:
+        checks.weight(weight, "recon", recon.shape, recon.device)
     keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
-    variance, parameter, number = as_variance(name, value, recon)
-    scale = scale_of(reduction, batch_dims, recon.shape, weight, accumulate_dtype(recon, x, variance))
+    scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
     return _nll(NLLInputs(recon, x, variance, weight), Likelihood(keep, scale, parameter, number, bool(full)), impl)
 
 
@@ -276,7 +279,7 @@ def gaussian_nll_loss(
                 raise ValueError("var is of incorrect size")
         dtype, kind = torch.promote_types(dtype, _promote(input, var)), "var"
     elif torch.compiler.is_compiling():
-        var, kind = torch.log(torch.clamp(symbolic(var, input), min=eps)), "logvar"
+        var, kind = torch.log(torch.clamp(arguments.symbolic(var, input), min=eps)), "logvar"
     else:
         # The float's clamp, and its logarithm in double precision.
         var = max(var, eps)
@@ -288,7 +291,7 @@ def gaussian_nll_loss(
     if not target.is_floating_point():
         target = target.to(dtype)
     variance = var if isinstance(var, Tensor) else None
-    scale = scale_of(reduction, input.ndim, input.shape, None, torch.float32)
+    scale = arguments.scale_of(reduction, input.ndim, input.shape)
     spec = Likelihood(input.ndim if reduction == "none" else 0, scale, kind, number, full, eps)
     return _nll(NLLInputs(input, target, variance, None), spec, None).to(dtype)
 
@@ -306,16 +309,14 @@ def _elbo(
         raise ValueError(
             f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
         )
-    if recon_logvar is not None:
-        checks.variance("recon_logvar", "logvar", recon_logvar, recon)
-    checks.weight(weight, "recon", recon.shape, recon.device)
+    variance, _, number = arguments.variance("recon_logvar", "logvar", recon_logvar, recon)
+    if weight is not None:
+        checks.weight(weight, "recon", recon.shape, recon.device)
     latent = posterior(mu, logvar, *prior, None)
-    variance, _, number = as_variance("logvar", recon_logvar, recon)
     inputs = ElboInputs(recon, x, variance, *latent[:4], weight)
-    keep = checks.kept_dims(reduction, 1, 1)
-    acc = accumulate_dtype(*inputs[:7])
-    nll_scale, kl_scale = scale_of(reduction, 1, recon.shape, weight, acc), scale_of(reduction, 1, mu.shape, None, acc)
-    return inputs, Elbo(Likelihood(keep, nll_scale, logvar=number, full=bool(full)), KL(keep, kl_scale, checks.clamp(logvar_clamp)))
+    kl = kl_of(latent, reduction, 1, logvar_clamp)
+    scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
+    return inputs, Elbo(Likelihood(kl.keep, scale, logvar=number, full=bool(full)), kl)
 
 
 def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs) -> tuple[Tensor, Tensor]:
@@ -405,8 +406,7 @@ def elbo_loss(
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
     inputs, spec = _elbo(tensors, recon_logvar, prior, weight, reduction, full, logvar_clamp)
-    checks.factor("beta", beta, recon.device)
-    beta = as_factor(beta, accumulate_dtype(*inputs[:7]), recon.device)
+    beta = arguments.factor("beta", beta, inputs[:7], recon.device)
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms.
     if reduction == "none" or torch.compiler.is_compiling():

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, checks, composed
-from .arguments import as_factor, as_prior, as_variance, draw, scale_of, symbolic
+from . import arguments, autograd, backend, checks, composed
 from .dtypes import accumulate_dtype
 from .functional import reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
-from .tracing import NUMBER, one_node
+from .tracing import one_node
 
 _PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
@@ -137,14 +136,11 @@ def _layer(x: Any, weight: Any, bias: Any, logvar: Any, name: str, precision: An
         raise ValueError(f"precision must be one of {', '.join(map(repr, _PRECISIONS))}, got {precision!r}")
     if logvar is None:
         return None, 0.0
-    checks.variance(name, "logvar", logvar, x)
+    variance, _, number = arguments.variance(name, "logvar", logvar, x)
     if isinstance(logvar, Tensor) and logvar.numel() != 1 and logvar.shape != x.shape[1:]:
         raise ValueError(
             f"{name} has shape {checks.shape_of(logvar)}, expected one value, or one for each of {x.shape[1]} columns of x"
         )
-    if torch.compiler.is_compiling() and isinstance(logvar, NUMBER):
-        return symbolic(logvar, x), 0.0
-    variance, _, number = as_variance("logvar", logvar, x)
     return variance, number
 
 
@@ -200,7 +196,7 @@ def linear_gaussian_nll(
         )
     keep = checks.kept_dims(reduction, 1, 2)
     inputs = LinearInputs(h, x, weight, bias, variance)
-    scale = scale_of(reduction, 1, x.shape, None, accumulate_dtype(*inputs))
+    scale = arguments.scale_of(reduction, 1, x.shape)
     spec = Linear(Likelihood(keep, scale, logvar=number, full=bool(full)), precision)
     chosen = backend.choose_linear(impl, inputs)
     if chosen is not None and torch.compiler.is_compiling():
@@ -264,17 +260,14 @@ def linear_elbo_loss(
         raise ValueError(
             f"mu has shape {checks.shape_of(mu)}, expected (batch, latents) = {(x.shape[0], weight.shape[1])} by x and weight"
         )
-    checks.factor("beta", beta, x.device)
-    checks.prior("prior_mu", prior_mu, mu)
-    checks.prior("prior_logvar", prior_logvar, mu)
+    prior = arguments.prior("prior_mu", prior_mu, mu), arguments.prior("prior_logvar", prior_logvar, mu)
     keep = checks.kept_dims(reduction, 1, 2)
-    prior = as_prior(prior_mu, mu), as_prior(prior_logvar, mu)
-    inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *draw(mu, num_samples, eps, seed, generator))
-    acc = accumulate_dtype(*inputs[:8])
-    scale, kl_scale = (scale_of(reduction, 1, t.shape, None, acc) for t in (x, mu))
+    noise = arguments.noise(mu, num_samples, eps, seed, generator)
+    inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *noise)
+    beta = arguments.factor("beta", beta, inputs[:8], x.device)
+    scale, kl_scale = (arguments.scale_of(reduction, 1, t.shape) for t in (x, mu))
     likelihood = Likelihood(keep, scale / (num_samples or 1), logvar=number, full=bool(full))
-    factor = as_factor(beta, acc, x.device)
-    spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), num_samples, factor, return_terms)
+    spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), num_samples, beta, return_terms)
     chosen = backend.choose_linear(impl, inputs, num_samples)
     if chosen is not None and torch.compiler.is_compiling():
         outputs: Any = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl)).forward(inputs, spec, (False,) * 8)[0]

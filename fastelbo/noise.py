@@ -76,7 +76,7 @@ def philox_normal(
     n = math.prod(shape)
     first, lead = offset >> 2, offset & 3
     counters = (lead + n + 3) >> 2
-    if on_host(key) and not _is_watched(key):
+    if not _is_watched(key) and on_host(key):
         drawn = _host_normals(first, counters, int(key))
         return torch.from_numpy(drawn[lead : lead + n].reshape(shape)).to(dtype)
     normals = _normals(torch.arange(first, first + counters, dtype=torch.int64, device=key.device), _round_keys(key))
@@ -141,8 +141,13 @@ _STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[_KEY_A], [_K
 
 
 def _is_watched(key: Tensor) -> bool:
-    """Whether something (jit.trace, a mode, vmap) wants to see what is computed from the key."""
-    return torch._C._is_tracing() or is_in_torch_dispatch_mode() or torch._C._functorch.is_functorch_wrapped_tensor(key)
+    """Whether something (torch.compile, jit.trace, a mode, vmap) wants to see what is computed from the key."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.is_functorch_wrapped_tensor(key)
+    )
 
 
 def _host_philox(even: Words, odd: Words, key: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

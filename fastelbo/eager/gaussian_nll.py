@@ -55,12 +55,13 @@ def _backward_only_scales(inputs: NLLInputs, needs: Needs, keep: int, acc: torch
     shape = inputs.recon.shape
     if True not in needs or keep == len(shape) or not on_host(inputs.recon):
         return False
-    return not any(need and (t.dtype != acc or (keep and t.shape != shape)) for t, need in zip(inputs, needs, strict=False))
+    asked = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
+    return not any(t.dtype != acc or (keep and t.shape != shape) for t in asked)
 
 
 def scaled(gradients: Gradients, grad_output: Tensor) -> Gradients:
     """Gradients that nobody has seen yet times the upstream gradient, which has a number for each row or one for all."""
-    if grad_output.ndim == 0 and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
+    if grad_output.ndim == 0 and on_host(grad_output) and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
         return gradients
     return tuple([g if g is None else g.mul_(w.against(grad_output, g.ndim, grad_output.ndim)) for g in gradients])
 
@@ -100,7 +101,7 @@ def _of_one_variance(
     inverse = torch.exp(-logvar) if isinstance(logvar, Tensor) else _exp(-logvar)
     d = torch.sub(w.widen(recon, acc), w.widen(x, acc), out=d_x if d_recon is None else d_recon)
     if want_terms or want_slope:
-        squares, count = w.sum_of_squares(d, spec.keep), math.prod(d.shape[spec.keep :])
+        squares, count = w.sum_over(d, spec.keep, squares=True), math.prod(d.shape[spec.keep :])
         if want_slope:
             rows = rate.reshape(squares.shape) if isinstance(rate, Tensor) and rate.ndim else rate
             slope = ((count - squares * inverse) * (0.5 * rows)).sum()

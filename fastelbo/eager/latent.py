@@ -29,10 +29,10 @@ Clamp = tuple[float, float] | None
 class Slopes(NamedTuple):
     """What the gradients are multiples of, in the dtype of the arithmetic; None where nothing asks for it."""
 
-    p: Tensor | None = None
-    expm1: Tensor | None = None  # e^v - 1, and 0 where logvar is clamped
-    curve: Tensor | None = None  # d p + e^v - 1
-    spread: Tensor | None = None  # sigma eps, and 0 where logvar is clamped
+    p: Any = None
+    expm1: Any = None  # e^v - 1, and 0 where logvar is clamped
+    curve: Any = None  # d p + e^v - 1
+    spread: Any = None  # sigma eps, and 0 where logvar is clamped
 
 
 def forward(
@@ -41,13 +41,17 @@ def forward(
     """The slopes are kept for backward, except those of noise from a seed, which backward makes again."""
     if inputs.seed is not None or not on_host(inputs.mu):
         needs = (False,) * 4
-    z, spread = sample(inputs, spec, needs[1])
-    kl, slopes = None, Slopes()
+    z = spread = kl = None
+    slopes = Slopes()
+    if inputs.eps is not None or inputs.seed is not None:
+        z, spread = sample(inputs, spec, needs[1])
     if spec.want_kl:
         acc = acc or accumulate_dtype(*inputs[:4])
         kl, slopes = kl_pass(inputs, spec.kl, needs, acc)
         kl = w.widen(kl, acc)
-    return (z, kl), slopes._replace(spread=spread) if True in needs else None
+    if True not in needs:
+        return (z, kl), None
+    return (z, kl), slopes if spread is None else slopes._replace(spread=spread)
 
 
 def backward(
@@ -71,54 +75,47 @@ OP = Op(forward, backward)
 
 
 def times(
-    slopes: Slopes, inputs: LatentInputs, rate: Factor | None, needs: Needs, acc: torch.dtype, grad_z: Tensor | None = None
+    slopes: Slopes, inputs: LatentInputs, rate: Factor | None, needs: Needs, acc: torch.dtype, grad_z: Any = None
 ) -> Gradients:
     """`rate` times the slopes of the KL, whose memory is used up (None: no KL), plus what comes through samples."""
     p, expm1, curve, spread = slopes
-    d_mu = d_logvar = d_prior_mu = d_prior_logvar = None
-    samples = grad_z is not None and grad_z.ndim > inputs.mu.ndim
-    if needs[0]:
-        d_mu = grad_z.sum(0) if samples else grad_z
+    found: list[Any] = [None] * 4
+    through_mu = through_logvar = None
+    if grad_z is not None:
+        through_mu, through_logvar = grad_z, grad_z * spread if needs[1] else None
+        if grad_z.ndim > inputs.mu.ndim:
+            through_mu, through_logvar = through_mu.sum(0), None if through_logvar is None else through_logvar.sum(0)
+        found[:2] = through_mu, through_logvar if rate is not None or through_logvar is None else through_logvar.mul_(0.5)
     if rate is not None:
         rate = rate if inputs.weight is None else w.widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
         if needs[0]:
-            d_mu = p * rate if d_mu is None else torch.addcmul(d_mu, p, rate)
+            found[0] = p * rate if through_mu is None else torch.addcmul(through_mu, p, rate)  # type: ignore[arg-type]
         if needs[1]:
-            d_logvar = expm1.mul_(0.5 * rate)
+            found[1] = expm1.mul_(0.5 * rate)
+            if through_logvar is not None:
+                found[1].add_(through_logvar, alpha=0.5)
         if needs[2]:
-            d_prior_mu = p.mul_(-rate)
+            found[2] = p.mul_(-rate)
         if needs[3]:
-            d_prior_logvar = curve.mul_(-0.5 * rate)
-    if needs[1] and grad_z is not None:
-        if d_logvar is None or samples:
-            through = (grad_z * spread).sum(0) if samples else grad_z * spread
-            d_logvar = through.mul_(0.5) if d_logvar is None else d_logvar.add_(through, alpha=0.5)
-        else:
-            d_logvar.addcmul_(grad_z, spread, value=0.5)
-    found = zip((d_mu, d_logvar, d_prior_mu, d_prior_logvar), needs, inputs, strict=False)
-    return tuple([w.widen(g, t.dtype) if need and g is not None else None for g, need, t in found])
+            found[3] = curve.mul_(-0.5 * rate)
+    each: Any = zip(found, needs, inputs, strict=False)
+    return tuple([w.widen(g, t.dtype) if need and g is not None else None for g, need, t in each])
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------------------
 
 
-def sample(inputs: LatentInputs, spec: Latent, want_spread: bool) -> tuple[Tensor | None, Tensor | None]:
-    """z in mu's dtype, rounded once, and its spread; None where there is no noise."""
-    if inputs.eps is None and inputs.seed is None:
-        return None, None
+def sample(inputs: LatentInputs, spec: Latent, want_spread: bool) -> tuple[Tensor, Tensor | None]:
+    """z in mu's dtype, rounded once, and its spread."""
     acc = accumulate_dtype(inputs.mu, inputs.logvar)
     mu, logvar = w.widen(inputs.mu, acc), w.widen(inputs.logvar, acc)
-    sigma = torch.mul(_clamped(logvar, spec.kl.clamp), 0.5).exp_()
-    noise = inputs.eps if inputs.seed is None else sample_noise(inputs.mu, inputs.seed, spec.num_samples, acc)
+    sigma = torch.mul(logvar if spec.kl.clamp is None else torch.clamp(logvar, *spec.kl.clamp), 0.5).exp_()
+    noise: Any = inputs.eps if inputs.seed is None else sample_noise(inputs.mu, inputs.seed, spec.num_samples, acc)
     if not want_spread:
         return w.widen(torch.addcmul(mu, sigma, w.widen(noise, acc)), inputs.mu.dtype), None
     spread = sigma * w.widen(noise, acc)
     z = w.widen(mu + spread, inputs.mu.dtype)
     return z, _cut(spread, logvar, spec.kl.clamp)
-
-
-def _clamped(logvar: Tensor, clamp: Clamp) -> Tensor:
-    return logvar if clamp is None else torch.clamp(logvar, *clamp)
 
 
 def _cut(slope: Tensor, logvar: Tensor, clamp: Clamp) -> Tensor:
@@ -143,8 +140,7 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> t
     The sum of |v| is at most sqrt(2 count total), since the term is about v^2 / 2 where that matters. So a total of count / 18 is
     off by 3 ulp at most. Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
     """
-    *moments, weight, _, _ = inputs
-    mu, logvar, prior_mu, prior_logvar = moments
+    mu, logvar, prior_mu, prior_logvar, weight, _, _ = inputs
     shape, count = mu.shape[: spec.keep], math.prod(mu.shape[spec.keep :])
     masks = weight is None or weight.dtype == torch.bool
     weight = None if weight is None else w.widen(w.against(weight, mu.ndim), acc)
@@ -154,7 +150,9 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> t
         wanted = (needs[0] or needs[2]) and not p_is_mu, needs[1], needs[3]
         likes = [t if want else None for t, want in zip((mu, logvar, mu), wanted, strict=True)]
         tile = partial(_tile, spec, acc, exact, hide)
-        (kl,), (p, *others) = w.walk(tile, (*moments, weight), likes, (shape,), acc, 0.25 if exact else 0.5)
+        (kl,), (p, *others) = w.walk(
+            tile, (mu, logvar, prior_mu, prior_logvar, weight), likes, (shape,), acc, 0.25 if exact else 0.5
+        )
         return kl, Slopes(mu if p_is_mu else p, *others)
 
     exact = acc == torch.float64 or not on_host(mu) or spec.keep == mu.ndim or not masks
@@ -173,16 +171,18 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> t
 
 def _tile(
     spec: KL, acc: torch.dtype, exact: bool, hide: bool,
-    mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, of_p: Any, of_expm1: Any, of_curve: Any,
+    mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, of_p: Any, of_expm1: Any, of_curve: Any,
 ) -> tuple[Tensor]:  # fmt: skip
-    absent = weight if hide else None
     raw = w.widen(logvar, acc)
-    level, d = w.present(absent, _clamped(raw, spec.clamp)), w.present(absent, w.widen(mu, acc))
+    moments: list[Any] = [w.widen(mu, acc), raw if spec.clamp is None else torch.clamp(raw, *spec.clamp)]
+    moments += [t if t is None else w.widen(t, acc) for t in (prior_mu, prior_logvar)]
+    if hide:
+        moments = [t if t is None else w.present(weight, t) for t in moments]
+    d, level, prior_mu, prior_logvar = moments
     if prior_mu is not None:
-        d = d - w.present(absent, w.widen(prior_mu, acc))
+        d = d - prior_mu
     p = d
     if prior_logvar is not None:
-        prior_logvar = w.present(absent, w.widen(prior_logvar, acc))
         p = torch.div(d, torch.exp(prior_logvar), out=of_p)
     elif of_p is not None:
         of_p.copy_(d)
@@ -213,7 +213,7 @@ def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out
         rest = expm1 - v
         if rest.numel() and float(rest.min()) < 1e-16:
             rest = torch.where(rest < 1e-16, 0.5 * v * v, rest)
-        return expm1.float() if out is None else out.copy_(expm1), rest.float()
+        return expm1 if out is None else out.copy_(expm1), rest.float()
     v = logvar if prior_logvar is None else logvar - prior_logvar
     near, series = v.abs() < 1, torch.zeros_like(v)
     for k in range(11 if v.dtype == torch.float32 else 20, 1, -1):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ..dtypes import LOG_2PI, accumulate_dtype, has_float16, on_host
 from ..specs import Factor, Gradients, Likelihood, Linear, LinearInputs, Needs, Op
+from . import walk as w
+from .gaussian_nll import scaled
 
 # Bytes of a tile on a CPU, and how many rows it has where there are so many: products of lower matrices are slower. Products of
 # very low ones also add one number after the other: over as many columns as TILE_COLUMNS they still lose no digits.
@@ -31,8 +33,6 @@ TILE_ROWS = 1 << 12
 TILE_COLUMNS = 1 << 8
 # Elsewhere a tile's products must fill the device.
 DEVICE_TILE = 1 << 25
-# Squares are summed in runs of this many, and the runs in float64: one float32 sum over millions would lose digits.
-RUN = 1 << 8
 
 
 def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], Gradients | None]:
@@ -49,7 +49,7 @@ def backward(inputs: LinearInputs, spec: Linear, grad_outputs: Gradients, needs:
     (grad_output,) = grad_outputs
     assert grad_output is not None
     if kept is not None:
-        return _scaled(kept, grad_output)
+        return scaled(kept, grad_output)
     rate = grad_output.to(accumulate_dtype(*inputs)) * spec.likelihood.scale
     with _matmul_precision(spec.precision, inputs):
         return _walk(inputs, spec.likelihood, needs, rate, want_terms=False)[1]
@@ -80,7 +80,7 @@ def _walk(
         if by_column:
             squares[at].add_(d.mul_(rated).sum(0))
         else:
-            squares[here].add_(_sum_squares(d.mul_(inverse[at].sqrt().to(acc)) if level.ndim else d))
+            squares[here].add_(w.sum_over(d.mul_(inverse[at].sqrt().to(acc)) if level.ndim else d, 1, squares=True))
 
     nll = d_variance = None
     if want_terms:
@@ -168,17 +168,6 @@ def _residuals(inputs: LinearInputs, acc: torch.dtype) -> Iterator[tuple[slice, 
                 yield here, rows, at, d if bias is None else d.add_(bias[at])
 
 
-def _sum_squares(d: Tensor) -> Tensor:
-    """The sum of each row's squares, without a copy of them, in float64 from run to run."""
-    exact = torch.float64 if on_host(d) else d.dtype
-    if d.shape[1] <= RUN:
-        return torch.linalg.vector_norm(d, dim=1).to(exact).square()
-    whole = d.shape[1] // RUN * RUN
-    norms = torch.linalg.vector_norm(d[:, :whole].unflatten(1, (whole // RUN, RUN)), dim=2)
-    rest = torch.linalg.vector_norm(d[:, whole:], dim=1)
-    return norms.to(exact).square().sum(1) + rest.to(exact).square()
-
-
 def _operands(inputs: LinearInputs, acc: torch.dtype) -> torch.dtype:
     """The dtype in which h and weight are multiplied."""
     return torch.promote_types(inputs.h.dtype, inputs.weight.dtype) if _multiplies_halves(inputs.x, acc) else acc
@@ -214,12 +203,3 @@ def _matmul_precision(precision: str | None, inputs: LinearInputs) -> Iterator[N
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _scaled(kept: Gradients, grad_output: Tensor) -> Gradients:
-    """Gradients that nobody has seen yet, times the upstream gradient, in place; reading that is free on a CPU."""
-    if not (on_host(grad_output) and float(grad_output) == 1.0):
-        for g in kept:
-            if g is not None:
-                g.mul_(grad_output)
-    return kept

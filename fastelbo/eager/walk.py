@@ -21,7 +21,7 @@ MANY = 1 << 14
 SHORT = 1 << 8
 
 Shape = tuple[int, ...]
-Parts = Sequence[Tensor | None]
+Parts = Sequence[Any]  # tensors, or None
 
 
 def widen(t: Tensor, acc: torch.dtype) -> Tensor:
@@ -40,28 +40,22 @@ def against(t: Any, ndim: int, keep: int = 0) -> Any:
     return t.reshape(t.shape + (1,) * (ndim - keep) if keep else (1,) * (ndim - t.ndim) + t.shape)
 
 
-def sum_over(terms: Tensor, keep: int) -> Tensor:
-    """The sum over all but the first `keep` dimensions, in float64 on a host; where that is none, the terms themselves."""
-    if keep == terms.ndim:
-        return terms
-    runs = _runs_of(terms, keep)
-    if runs is not None:
-        return runs.sum(-1).sum(-1, dtype=torch.float64)
-    return terms.sum(tuple(range(keep, terms.ndim)), dtype=torch.float64 if on_host(terms) else None)
-
-
-def sum_of_squares(t: Tensor, keep: int) -> Tensor:
-    """`sum_over` of t^2. Of many elements norms read t and write next to nothing: fresh memory for t^2 costs more than they do."""
-    runs = _runs_of(t, keep)
-    return sum_over(t * t, keep) if runs is None else torch.linalg.vector_norm(runs, dim=-1).double().square_().sum(-1)
-
-
-def _runs_of(t: Tensor, keep: int) -> Tensor | None:
-    """All but the first `keep` dimensions as (runs, SHORT elements), where there are many on a host, and they come out even."""
-    kept = t.shape[:keep]
-    if not on_host(t) or t.numel() <= MANY or math.prod(t.shape[keep:]) % SHORT:
-        return None
-    return t.reshape(*kept, -1, SHORT)
+def sum_over(t: Tensor, keep: int, squares: bool = False) -> Tensor:
+    """The sum of t, or of t^2, over all but the first `keep` dimensions, in float64 on a host; where that is none, the terms."""
+    if keep == t.ndim or not on_host(t):
+        t = t * t if squares else t
+        return t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t
+    kept, count = t.shape[:keep], math.prod(t.shape[keep:])
+    rest = count % SHORT
+    if t.numel() <= MANY or rest == count:
+        return (t * t if squares else t).sum(tuple(range(keep, t.ndim)), dtype=torch.float64)
+    if rest:
+        t = t.reshape(*kept, count)
+        return sum_over(t[..., : count - rest], keep, squares).add_(sum_over(t[..., count - rest :], keep, squares))
+    runs = t.reshape(*kept, -1, SHORT)
+    if squares:  # norms read t and write next to nothing: fresh memory for t^2 would cost more than they do
+        return torch.linalg.vector_norm(runs, dim=-1).double().square_().sum(-1)
+    return runs.sum(-1).sum(-1, dtype=torch.float64)
 
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
