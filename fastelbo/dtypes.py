@@ -19,6 +19,11 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors if t is not None] else torch.float32
 
 
+def widen(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype of the arithmetic, or of a result. Where that is its own, `Tensor.to` takes longer to find out."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def has_float16(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient among these could underflow when it is written before GradScaler's factor is known."""
     return torch.float16 in [t.dtype for t in tensors if t is not None]

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulate_dtype, has_float16, on_host
+from ..dtypes import accumulate_dtype, has_float16, on_host, widen
 from ..specs import Elbo, ElboInputs, Gradients, Latent, Needs, Op
 from . import gaussian_nll, latent
-from . import walk as w
 
 
 def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], Gradients | None]:
@@ -25,8 +24,8 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
     nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
     kl, slopes = latent.kl_pass(posterior, spec.kl, asked[3:], acc)
     of_kl = latent.times(slopes, posterior, spec.kl.scale * beta, asked[3:], acc) if ready else ()
-    loss = w.widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
-    outputs = (loss, w.widen(nll, acc), w.widen(kl, acc)) if spec.return_terms else (loss,)
+    loss = widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
+    outputs = (loss, widen(nll, acc), widen(kl, acc)) if spec.return_terms else (loss,)
     return outputs, (*of_nll, *of_kl) if ready else None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import LOG_2PI, accumulate_dtype, on_host
+from ..dtypes import LOG_2PI, accumulate_dtype, on_host, widen
 from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
 from . import walk as w
 
@@ -28,7 +28,7 @@ def forward(
     acc = acc or accumulate_dtype(*inputs[:3])
     ready = _backward_only_scales(inputs, needs, spec.keep, acc)
     nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 3, spec.scale, acc)
-    return (w.widen(nll, acc),), gradients if ready else None
+    return (widen(nll, acc),), gradients if ready else None
 
 
 def backward(
@@ -40,7 +40,7 @@ def backward(
     if kept is not None:
         return scaled(kept, grad_output)
     acc = acc or accumulate_dtype(*inputs[:3])
-    rate = w.against(w.widen(grad_output, acc) * spec.scale, inputs.recon.ndim, spec.keep)
+    rate = w.against(widen(grad_output, acc) * spec.scale, inputs.recon.ndim, spec.keep)
     return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
 
 
@@ -74,7 +74,7 @@ def nll_pass(
     shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
     likes = recon if needs[0] else None, x if needs[1] else None
     if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
-        level: Any = spec.logvar if variance is None else w.widen(variance, acc)
+        level: Any = spec.logvar if variance is None else widen(variance, acc)
         tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
         (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, 16.0)
     else:
@@ -89,7 +89,7 @@ def nll_pass(
     if needs[2] and variance is not None:
         d_variance = d_variance.reshape(variance.shape)
     each_gradient = zip((*gradients[:2], d_variance), inputs, strict=False)
-    return nll, tuple([g if g is None or t is None else w.widen(g, t.dtype) for g, t in each_gradient])
+    return nll, tuple([g if g is None or t is None else widen(g, t.dtype) for g, t in each_gradient])
 
 
 def _of_one_variance(
@@ -99,7 +99,7 @@ def _of_one_variance(
     """One log-variance for all elements, a number or a 0-d tensor, and no weights: squared residuals, and numbers beside them."""
     nll = slope = None
     inverse = torch.exp(-logvar) if isinstance(logvar, Tensor) else _exp(-logvar)
-    d = torch.sub(w.widen(recon, acc), w.widen(x, acc), out=d_x if d_recon is None else d_recon)
+    d = torch.sub(widen(recon, acc), widen(x, acc), out=d_x if d_recon is None else d_recon)
     if want_terms or want_slope:
         squares, count = w.sum_over(d, spec.keep, squares=True), math.prod(d.shape[spec.keep :])
         if want_slope:
@@ -121,14 +121,14 @@ def _tile(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Any variance that broadcasts, in any parameter, and weights."""
     nll = slopes = None
-    shape, recon, x = given.shape, w.widen(recon, acc), w.widen(x, acc)
-    given = w.present(weight, w.widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
+    shape, recon, x = given.shape, widen(recon, acc), widen(x, acc)
+    given = w.present(weight, widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
     d = torch.sub(w.present(weight, recon), w.present(weight, x), out=d_given)
     ratio, logvar, inner = _over_variance(d, given, spec, d_recon)
     square = torch.mul(d, ratio, out=d)
     if want_terms:
         nll = _sum_of_terms(square, logvar, weight, spec)
-    rate = rate if weight is None else w.widen(weight, acc) * rate
+    rate = rate if weight is None else widen(weight, acc) * rate
     if want_slope:
         half = 0.5 * rate if inner is None else rate * inner
         if d_given is None:

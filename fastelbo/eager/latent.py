@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulate_dtype, on_host
+from ..dtypes import accumulate_dtype, on_host, widen
 from ..noise import sample_noise
 from ..specs import KL, Factor, Gradients, Latent, LatentInputs, Needs, Op
 from . import walk as w
@@ -48,7 +48,7 @@ def forward(
     if spec.want_kl:
         acc = acc or accumulate_dtype(*inputs[:4])
         kl, slopes = kl_pass(inputs, spec.kl, needs, acc)
-        kl = w.widen(kl, acc)
+        kl = widen(kl, acc)
     if True not in needs:
         return (z, kl), None
     return (z, kl), slopes if spread is None else slopes._replace(spread=spread)
@@ -64,8 +64,8 @@ def backward(
     if kept is None:
         kept = Slopes() if grad_kl is None else kl_pass(inputs, spec.kl, needs, acc)[1]
         kept = kept._replace(spread=None if grad_z is None or not needs[1] else sample(inputs, spec, True)[1])
-    rate = None if grad_kl is None else w.against(w.widen(grad_kl, acc) * spec.kl.scale, inputs.mu.ndim, spec.kl.keep)
-    gradients = times(kept, inputs, rate, needs, acc, None if grad_z is None else w.widen(grad_z, acc))
+    rate = None if grad_kl is None else w.against(widen(grad_kl, acc) * spec.kl.scale, inputs.mu.ndim, spec.kl.keep)
+    gradients = times(kept, inputs, rate, needs, acc, None if grad_z is None else widen(grad_z, acc))
     if out is not None:
         gradients = (*[g if g is None else place.copy_(g) for g, place in zip(gradients, out, strict=False)], *gradients[2:])
     return gradients
@@ -87,7 +87,7 @@ def times(
             through_mu, through_logvar = through_mu.sum(0), None if through_logvar is None else through_logvar.sum(0)
         found[:2] = through_mu, through_logvar if rate is not None or through_logvar is None else through_logvar.mul_(0.5)
     if rate is not None:
-        rate = rate if inputs.weight is None else w.widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
+        rate = rate if inputs.weight is None else widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
         if needs[0]:
             found[0] = p * rate if through_mu is None else torch.addcmul(through_mu, p, rate)  # type: ignore[arg-type]
         if needs[1]:
@@ -99,7 +99,7 @@ def times(
         if needs[3]:
             found[3] = curve.mul_(-0.5 * rate)
     each: Any = zip(found, needs, inputs, strict=False)
-    return tuple([w.widen(g, t.dtype) if need and g is not None else None for g, need, t in each])
+    return tuple([widen(g, t.dtype) if need and g is not None else None for g, need, t in each])
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------------------
@@ -108,13 +108,13 @@ def times(
 def sample(inputs: LatentInputs, spec: Latent, want_spread: bool) -> tuple[Tensor, Tensor | None]:
     """z in mu's dtype, rounded once, and its spread."""
     acc = accumulate_dtype(inputs.mu, inputs.logvar)
-    mu, logvar = w.widen(inputs.mu, acc), w.widen(inputs.logvar, acc)
+    mu, logvar = widen(inputs.mu, acc), widen(inputs.logvar, acc)
     sigma = torch.mul(logvar if spec.kl.clamp is None else torch.clamp(logvar, *spec.kl.clamp), 0.5).exp_()
     noise: Any = inputs.eps if inputs.seed is None else sample_noise(inputs.mu, inputs.seed, spec.num_samples, acc)
     if not want_spread:
-        return w.widen(torch.addcmul(mu, sigma, w.widen(noise, acc)), inputs.mu.dtype), None
-    spread = sigma * w.widen(noise, acc)
-    z = w.widen(mu + spread, inputs.mu.dtype)
+        return widen(torch.addcmul(mu, sigma, widen(noise, acc)), inputs.mu.dtype), None
+    spread = sigma * widen(noise, acc)
+    z = widen(mu + spread, inputs.mu.dtype)
     return z, _cut(spread, logvar, spec.kl.clamp)
 
 
@@ -143,7 +143,7 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> t
     mu, logvar, prior_mu, prior_logvar, weight, _, _ = inputs
     shape, count = mu.shape[: spec.keep], math.prod(mu.shape[spec.keep :])
     masks = weight is None or weight.dtype == torch.bool
-    weight = None if weight is None else w.widen(w.against(weight, mu.ndim), acc)
+    weight = None if weight is None else widen(w.against(weight, mu.ndim), acc)
 
     def run(exact: bool, hide: bool) -> tuple[Any, Slopes]:
         p_is_mu = prior_mu is None and prior_logvar is None and mu.dtype == acc and not hide
@@ -173,9 +173,9 @@ def _tile(
     spec: KL, acc: torch.dtype, exact: bool, hide: bool,
     mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, of_p: Any, of_expm1: Any, of_curve: Any,
 ) -> tuple[Tensor]:  # fmt: skip
-    raw = w.widen(logvar, acc)
-    moments: list[Any] = [w.widen(mu, acc), raw if spec.clamp is None else torch.clamp(raw, *spec.clamp)]
-    moments += [t if t is None else w.widen(t, acc) for t in (prior_mu, prior_logvar)]
+    raw = widen(logvar, acc)
+    moments: list[Any] = [widen(mu, acc), raw if spec.clamp is None else torch.clamp(raw, *spec.clamp)]
+    moments += [t if t is None else widen(t, acc) for t in (prior_mu, prior_logvar)]
     if hide:
         moments = [t if t is None else w.present(weight, t) for t in moments]
     d, level, prior_mu, prior_logvar = moments

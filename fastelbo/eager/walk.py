@@ -18,14 +18,10 @@ RUN = 1 << 18
 MANY = 1 << 14
 
 # Of more terms, float32 adds up so many, and float64 adds these sums: where they cancel, longer float32 sums lose digits.
-SHORT = 1 << 8
+SHORT = 1 << 6
 
 Shape = tuple[int, ...]
 Parts = Sequence[Any]  # tensors, or None
-
-
-def widen(t: Tensor, acc: torch.dtype) -> Tensor:
-    return t if t.dtype == acc else t.to(acc)
 
 
 def times(t: Tensor, factor: Any) -> Tensor:
@@ -54,7 +50,8 @@ def sum_over(t: Tensor, keep: int, squares: bool = False) -> Tensor:
         return sum_over(t[..., : count - rest], keep, squares).add_(sum_over(t[..., count - rest :], keep, squares))
     runs = t.reshape(*kept, -1, SHORT)
     if squares:  # norms read t and write next to nothing: fresh memory for t^2 would cost more than they do
-        return torch.linalg.vector_norm(runs, dim=-1).double().square_().sum(-1)
+        norms = torch.linalg.vector_norm(runs, dim=-1).double()
+        return (norms * norms).sum(-1)
     return runs.sum(-1).sum(-1, dtype=torch.float64)
 
 
