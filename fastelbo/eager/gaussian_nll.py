@@ -131,12 +131,11 @@ def _tile(
     rate = rate if weight is None else widen(weight, acc) * rate
     if want_slope:
         half = 0.5 * rate if inner is None else rate * inner
-        if d_given is None:
-            slopes = (half - square * half).sum_to_size(shape)
-        elif isinstance(half, Tensor):
-            square.mul_(-half).add_(half)
+        if isinstance(half, Tensor):
+            square.neg_().add_(1.0).mul_(half)
         else:
             torch.sub(torch.full((), half, dtype=acc, device=d.device), square, alpha=half, out=square)
+        slopes = None if d_given is not None else square.sum_to_size(shape)
     if d_x is not None:
         torch.mul(ratio, -rate, out=d_x)
     if d_recon is not None:
