@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, checks
 from .functional import gaussian_nll, kl_of, posterior, reparameterised
-from .specs import Latent
+from .specs import Latent, LatentInputs
 from .tracing import one_node
 
 
@@ -28,8 +28,7 @@ def of_posterior(
     inputs = posterior(mu, logvar, *prior, weight)
     spec = Latent(kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
     if noise is not None:
-        eps, seed = arguments.noise(mu, num_samples, *noise)
-        inputs = inputs._replace(eps=eps, seed=seed)
+        inputs = LatentInputs(*inputs[:5], *arguments.noise(mu, num_samples, *noise))
     return reparameterised(inputs, spec, impl, None if moments is None else (moments, dim))
 
 

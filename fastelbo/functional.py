@@ -124,8 +124,8 @@ def reparameterize_kl(
     checks.pair("mu", mu, "logvar", logvar)
     inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
     kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
-    eps, seed = arguments.noise(mu, num_samples, eps, seed, generator)
-    return reparameterised(inputs._replace(eps=eps, seed=seed), Latent(kl, num_samples=num_samples), impl)
+    noise = arguments.noise(mu, num_samples, eps, seed, generator)  # drawn when nothing is left that could be refused
+    return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=num_samples), impl)
 
 
 @one_node

@@ -40,7 +40,7 @@ def backward(
     if kept is not None:
         return scaled(kept, grad_output)
     acc = acc or accumulate_dtype(*inputs[:3])
-    rate = w.against(widen(grad_output, acc) * spec.scale, inputs.recon.ndim, spec.keep)
+    rate = w.against(w.times(widen(grad_output, acc), spec.scale), inputs.recon.ndim, spec.keep)
     return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
 
 
@@ -109,9 +109,9 @@ def _of_one_variance(
         if spec.full or isinstance(logvar, Tensor) or logvar:
             nll.add_((logvar + (LOG_2PI if spec.full else 0.0)) * (0.5 * count * spec.scale))
     if d_recon is not None:
-        w.times(d, inverse * rate)
+        w.times(d, inverse * rate, out=d)
     if d_x is not None:
-        torch.neg(d, out=d_x) if d_recon is not None else w.times(d, -inverse * rate)
+        torch.neg(d, out=d_x) if d_recon is not None else w.times(d, -inverse * rate, out=d)
     return nll, slope
 
 

@@ -64,7 +64,7 @@ def backward(
     if kept is None:
         kept = Slopes() if grad_kl is None else kl_pass(inputs, spec.kl, needs, acc)[1]
         kept = kept._replace(spread=None if grad_z is None or not needs[1] else sample(inputs, spec, True)[1])
-    rate = None if grad_kl is None else w.against(widen(grad_kl, acc) * spec.kl.scale, inputs.mu.ndim, spec.kl.keep)
+    rate = None if grad_kl is None else w.against(w.times(widen(grad_kl, acc), spec.kl.scale), inputs.mu.ndim, spec.kl.keep)
     gradients = times(kept, inputs, rate, needs, acc, None if grad_z is None else widen(grad_z, acc))
     if out is not None:
         gradients = (*[g if g is None else place.copy_(g) for g, place in zip(gradients, out, strict=False)], *gradients[2:])

@@ -24,9 +24,9 @@ Shape = tuple[int, ...]
 Parts = Sequence[Any]  # tensors, or None
 
 
-def times(t: Tensor, factor: Any) -> Tensor:
-    """t times a factor, in place. A pass over memory is worth a look whether the factor is the number 1."""
-    return t if isinstance(factor, float) and factor == 1.0 else t.mul_(factor)
+def times(t: Tensor, factor: Any, out: Tensor | None = None) -> Tensor:
+    """t times a factor. A pass over memory is worth a look whether the factor is the number 1: then it is t itself."""
+    return t if isinstance(factor, float) and factor == 1.0 else torch.mul(t, factor, out=out)
 
 
 def against(t: Any, ndim: int, keep: int = 0) -> Any:
