@@ -427,8 +427,8 @@ GRADIENTS: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[s
     (("elbo", "backward"), whole, "elbo_loss", NAMES),
     # Where a backend chooses to write them early:
     (("gaussian_nll", "forward"), nll, "gaussian_nll", NLL),
-    (("latent", "forward"), total_kl, "gaussian_kl", LATENT),
-    # (what the gradients of rows are multiples of)
+    # (what the gradients of a KL are multiples of; that of mu is that of prior_mu)
+    (("latent", "forward"), total_kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),
     (("latent", "forward"), kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),
     (("elbo_terms", "forward"), per_row, "elbo_loss", (*NAMES[:5], "prior_logvar")),
 ]

@@ -89,7 +89,11 @@ def times(
     if rate is not None:
         rate = rate if inputs.weight is None else widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
         if needs[0]:
-            found[0] = p * rate if through_mu is None else torch.addcmul(through_mu, p, rate)  # type: ignore[arg-type]
+            # Without a prior p may be mu itself, and with a gradient of prior_mu it is needed once more.
+            out = p if inputs[2:4] != (None, None) and not needs[2] else None
+            found[0] = torch.mul(p, rate, out=out)
+            if through_mu is not None:
+                found[0].add_(through_mu)
         if needs[1]:
             found[1] = expm1.mul_(0.5 * rate)
             if through_logvar is not None:
