@@ -18,13 +18,4 @@ from .latent import latent
 from .launch import INTERPRETED
 from .linear import linear_elbo, linear_limits, linear_nll
 
-__all__ = [
-    "INTERPRETED",
-    "elbo",
-    "elbo_terms",
-    "gaussian_nll",
-    "latent",
-    "linear_elbo",
-    "linear_limits",
-    "linear_nll",
-]
+__all__ = ["INTERPRETED", "elbo", "elbo_terms", "gaussian_nll", "latent", "linear_elbo", "linear_limits", "linear_nll"]

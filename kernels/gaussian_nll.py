@@ -6,7 +6,6 @@ somewhere to write.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,32 +16,13 @@ import triton.language.core as core
 from torch import Tensor
 
 from fastelbo.dtypes import LOG_2PI, accumulate_dtype
-from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs, Op
+from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
-from .launch import (
-    PROGRAMS,
-    Block,
-    Fold,
-    Grid,
-    Operand,
-    chunks_of,
-    densified,
-    divide,
-    expanded,
-    fold,
-    launch,
-    load,
-    read,
-    scalar,
-    store,
-    tile_at,
-    tile_size,
-    tiles_of,
-    trailing,
-    zeros,
-)
+from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
 from .math import exp, log
-from .reduction import COLS, EACH, NOTHING, ROWS, TOTAL, Segments, Terms, finish, sums
+from .op import op_of
+from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
+from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
 # What the variance is: a number, or a tensor of these.
 FIXED, LOGVAR, STD, VAR = (tl.constexpr(i) for i in range(4))
@@ -52,6 +32,106 @@ PARAMETERS = {"logvar": LOGVAR, "std": STD, "var": VAR}
 # partial sums, but enough for as many programs as fill a chip.
 GROUPS = 64
 GROUP_PROGRAMS = 1024
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def _run(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None) -> tuple[tuple[Tensor | None], Gradients]:
+    acc = accumulate_dtype(*inputs[: inputs.differentiable])
+    plan = plan_nll(inputs, spec, needs, grads, acc)
+    plan.launch(inputs.recon.device)
+    finish(acc, plan.terms, plan.of_variance)
+    return (plan.terms.result(),), nll_gradients(plan, inputs.variance)
+
+
+gaussian_nll = op_of(_run)
+
+
+def plan_nll(
+    inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None, acc: torch.dtype, dense: bool = False
+) -> Plan:
+    """Plan a launch that reads and writes tensors as they lie. Without `grads` it computes the terms, whose gradient is then 1.
+
+    If they have no common view, or a variance broadcasts in a pattern that no sink sums, then what is not contiguous is copied
+    (`dense`), and the gradient of the variance is written for each element: `nll_gradients` sums it.
+    """
+    shape, device = inputs.recon.shape, inputs.recon.device
+    recon, x, variance, weight, grad_output = views((*inputs, None if grads is None else grads[0]), shape, dense)
+    d_variance = None
+    if needs[2]:
+        is_summed = inputs.variance.shape != shape
+        if is_summed and dense and any(variance.stride()):
+            d_variance = torch.empty(shape, dtype=acc, device=device)
+        else:
+            d_variance = torch.empty_like(inputs.variance if is_summed else variance)
+    tensors = NLLTensors(
+        recon, x, variance, weight, grad_output,
+        d_recon=torch.empty_like(recon) if needs[0] else None,
+        d_x=torch.empty_like(x) if needs[1] else None,
+        d_variance=None if d_variance is None else d_variance.expand(shape),
+        terms=torch.empty_like(recon, dtype=acc) if grads is None and 0 < spec.keep == len(shape) else None,
+    )  # fmt: skip
+    view = fold(shape, spec.keep, tensors, tile=tile_size(acc))
+    operands = None if view is None else NLLTensors(*view.operands(tensors))
+    of_variance = None if view is None else _sums_of_variance(view, d_variance, shape, operands.d_variance, acc)
+    if of_variance is None:
+        return plan_nll(inputs, spec, needs, grads, acc, dense=True)
+    if of_variance.sink is not EACH and d_variance is not None:
+        operands = operands._replace(d_variance=None)  # its place was needed for its strides
+    programs = of_variance.outer * view.chunks if of_variance.sink is COLS else view.programs
+    terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else Sums()
+    kind = FIXED if inputs.variance is None else PARAMETERS[spec.parameter]
+    factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
+    return Plan(
+        nll_kernel,
+        view.grid(programs),
+        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors)),
+        NLLFlags(kind.value, terms.sink.value, of_variance.sink.value, view.block(acc)),
+        terms,
+        (tensors.d_recon, tensors.d_x, d_variance),
+        of_variance,
+    )
+
+
+def nll_gradients(plan: Plan, variance: Tensor | None) -> Gradients:
+    """The gradients of recon, x and the variance, once the plan has run."""
+    d_recon, d_x, d_variance = plan.gradients
+    if d_variance is not None and d_variance.shape != variance.shape:
+        d_variance = d_variance.sum_to_size(variance.shape).to(variance.dtype)
+    return d_recon, d_x, d_variance
+
+
+def _sums_of_variance(
+    view: Fold, gradient: Tensor | None, shape: torch.Size, operand: Operand | None, acc: torch.dtype
+) -> Sums | None:
+    """Where the gradient of the variance goes; None if it varies in a pattern that no sink sums."""
+    if gradient is None:
+        return Sums()
+    if gradient.shape == shape:
+        return Sums(EACH, gradient)
+    steps = operand.strides[: view.dims]
+    varied, by_column = [i for i, step in enumerate(steps) if step], len(operand.strides) > view.dims
+    if not varied and by_column:
+        groups = max(1, min(max(GROUPS, GROUP_PROGRAMS // view.chunks), PROGRAMS // view.chunks, view.tiles // view.chunks))
+        return partial(COLS, gradient, groups, view.cols, 1, acc)
+    if not varied:
+        return partial(TOTAL, gradient, 1, 1, view.programs, acc)
+    if len(varied) > 1 or by_column:
+        return None
+    (i,) = varied
+    sizes = (view.rows // (view.r1 * view.r2), view.r1, view.r2)[3 - view.dims :]
+    return partial(ROWS, gradient, math.prod(sizes[:i]), sizes[i], math.prod(sizes[i + 1 :]) * view.chunks, acc, step=steps[i])
+
+
+def inverse_and_constant(spec: Likelihood, variance: Tensor | None) -> tuple[float, float]:
+    """1 / variance, and what is added to each term; where the variance is a tensor, the kernel takes its part from there."""
+    logvar = spec.logvar if variance is None else 0.0
+    try:
+        inverse = math.exp(-logvar)
+    except OverflowError:
+        inverse = math.inf
+    return inverse, (0.5 * LOG_2PI if spec.full else 0.0) + 0.5 * logvar
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------------------
@@ -91,6 +171,15 @@ class NLLFlags(NamedTuple):
 
 
 @triton.jit
+def divide(a, b):
+    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def nll_math(d, v, inverse, floor, VARIANCE: tl.constexpr):
     """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v."""
     if VARIANCE == FIXED:
@@ -121,7 +210,6 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
     inverse = read(args.inverse, B.ACC)
     constant = read(args.constant, B.ACC)
     floor = read(args.floor, B.ACC)
-    chunks = chunks_of(grid.cols, B.BN)
     sum_terms = zeros(B)
     sum_variance = zeros(B)
     for index in range(pid, tiles_of(grid, B), grid.programs):
@@ -144,32 +232,17 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
             present = tile.mask & (w != 0.0)
             term, d_recon, d_variance = term * w, d_recon * w, d_variance * w
             d_recon = tl.where(present, d_recon, 0.0)
-        if t.d_recon is not None:
-            store(t.d_recon, d_recon, tile, B)
-        if t.d_x is not None:
-            store(t.d_x, (-d_recon), tile, B)
-        if C.D_VARIANCE != NOTHING:
-            d_variance = tl.where(present, d_variance, 0.0)
-            if C.D_VARIANCE == EACH:
-                store(t.d_variance, d_variance, tile, B)
-            elif C.D_VARIANCE == ROWS:
-                at = tile.rows.to(tl.int64) * chunks + tile.chunk
-                tl.store(args.variance_parts + at, tl.sum(d_variance, 1), tile.in_rows)
-            else:
-                sum_variance += d_variance
-        if C.TERMS != NOTHING:
-            term = tl.where(present, term, 0.0)
-            if C.TERMS == EACH:
-                store(t.terms, term, tile, B)
-            elif C.TERMS == ROWS:
-                tl.store(args.parts + tile.rows.to(tl.int64) * chunks + tile.chunk, tl.sum(term, 1), tile.in_rows)
-            else:
-                sum_terms += term
+        store(t.d_recon, d_recon, tile, B)
+        store(t.d_x, -d_recon, tile, B)
+        d_variance = tl.where(present, d_variance, 0.0)
+        sum_variance = collect(d_variance, sum_variance, t.d_variance, args.variance_parts, tile, C.D_VARIANCE, B)
+        sum_terms = collect(tl.where(present, term, 0.0), sum_terms, t.terms, args.parts, tile, C.TERMS, B)
     if C.TERMS == TOTAL:
         tl.store(args.parts + pid, tl.sum(sum_terms))
     if C.D_VARIANCE == TOTAL:
         tl.store(args.variance_parts + pid, tl.sum(sum_variance))
     elif C.D_VARIANCE == COLS:
+        chunks = chunks_of(grid.cols, B.BN)
         c = (pid % chunks).to(tl.int64) * B.BN + tl.arange(0, B.BN)
         at = (pid // chunks).to(tl.int64) * grid.cols + c
         tl.store(args.variance_parts + at, tl.sum(sum_variance, 0), c < grid.cols)
@@ -180,180 +253,3 @@ def nll_kernel(programs, rows, r1, r2, args, C: tl.constexpr):
     """Takes the fields of a `Grid`, `NLLArgs` and `NLLFlags`."""
     grid = Grid(programs, rows, r1, r2, core.to_tensor(args.cols))
     nll_tiles(tl.program_id(0), grid, args, C)
-
-
-# ---- on the host -----------------------------------------------------------------------------------------------------------------
-
-
-class NLLWanted(NamedTuple):
-    """What one pass computes."""
-
-    terms: bool
-    needs: Needs = (False, False, False)
-    grad_output: Tensor | None = None  # of the sums; None is 1
-
-
-class NLLPlan(NamedTuple):
-    """A launch, what remains to be added up after it, and what it yields."""
-
-    grid: tuple[int, ...]
-    args: NLLArgs
-    flags: NLLFlags
-    terms: Terms
-    variance_segments: Segments | None
-    gradients: Gradients
-    shares: Tensor | None  # the elementwise gradient of a variance that broadcasts, still to be summed
-
-    @property
-    def programs(self) -> int:
-        return self.grid[0]
-
-    def finished_gradients(self, variance: Tensor | None) -> Gradients:
-        if self.shares is None:
-            return self.gradients
-        d_recon, d_x, _ = self.gradients
-        return d_recon, d_x, self.shares.sum_to_size(variance.shape).to(variance.dtype)
-
-
-class _Layout(NamedTuple):
-    """How the tensors of a launch lie, and how its view sums the variance's gradient."""
-
-    fold: Fold
-    tensors: NLLTensors
-    operands: NLLTensors
-    d_variance: Tensor | None  # of the variance's shape
-    shares: Tensor | None
-    sink: tl.constexpr  # of the variance's gradient
-
-
-class _VarianceSums(NamedTuple):
-    programs: int
-    parts: Tensor | None = None
-    segments: Segments | None = None
-
-
-def plan_nll(inputs: NLLInputs, spec: Likelihood, wanted: NLLWanted, acc: torch.dtype) -> NLLPlan:
-    """Plan a launch that reads and writes tensors as they lie.
-
-    If they have no common view, or a variance broadcasts in a pattern that no sink sums, then what is not contiguous is copied, and
-    the gradient of the variance is written for each element and summed by torch.
-    """
-    layout = _lay_out(inputs, spec.keep, wanted, acc) or _lay_out(inputs, spec.keep, wanted, acc, dense=True)
-    device = inputs.recon.device
-    empty = functools.partial(torch.empty, dtype=acc, device=device)
-    variance = _sum_variance(layout, empty)
-    terms, each = Terms(), layout.tensors.terms
-    if each is not None:
-        terms = Terms(EACH, out=each, factor=spec.scale)
-    elif wanted.terms:
-        terms = sums(layout.fold, inputs.recon.shape[: spec.keep], spec.scale, variance.programs, empty)
-    fixed = inputs.variance is None
-    factors = (
-        spec.scale,
-        inverse_variance(spec.logvar) if fixed else 1.0,
-        (0.5 * LOG_2PI if spec.full else 0.0) + (0.5 * spec.logvar if fixed else 0.0),
-        spec.floor,
-    )
-    operands = layout.operands
-    if layout.sink is not EACH and operands.d_variance is not None:
-        operands = operands._replace(d_variance=None)
-    return NLLPlan(
-        layout.fold.grid(variance.programs),
-        NLLArgs(operands, layout.fold.cols, terms.parts, variance.parts, *(scalar(f, acc, device) for f in factors)),
-        NLLFlags(
-            FIXED.value if fixed else PARAMETERS[spec.parameter].value, terms.sink.value, layout.sink.value, layout.fold.block(acc)
-        ),
-        terms,
-        variance.segments,
-        (layout.tensors.d_recon, layout.tensors.d_x, layout.d_variance),
-        layout.shares,
-    )
-
-
-def _lay_out(inputs: NLLInputs, keep: int, wanted: NLLWanted, acc: torch.dtype, dense: bool = False) -> _Layout | None:
-    """None if a tensor must be copied for a view that serves; `dense` copies."""
-    shape, device = inputs.recon.shape, inputs.recon.device
-    read_from = [expanded(t, shape) for t in (*inputs, trailing(wanted.grad_output, len(shape)))]
-    if dense:
-        read_from = [densified(t) for t in read_from]
-    recon, x, variance, _, _ = read_from
-    need_recon, need_x, need_variance = wanted.needs
-    d_variance = shares = None
-    is_summed = need_variance and inputs.variance.shape != shape
-    if is_summed and dense and any(variance.stride()):
-        d_variance = shares = torch.empty(shape, dtype=acc, device=device)
-    elif need_variance:
-        d_variance = torch.empty_like(inputs.variance if is_summed else variance)
-    tensors = NLLTensors(
-        *read_from,
-        d_recon=torch.empty_like(recon) if need_recon else None,
-        d_x=torch.empty_like(x) if need_x else None,
-        d_variance=expanded(d_variance, shape),
-        terms=torch.empty_like(recon, dtype=acc) if wanted.terms and 0 < keep == len(shape) else None,
-    )
-    view = fold(shape, keep, tensors, tile=tile_size(acc))
-    if view is None:
-        return None
-    operands = NLLTensors(*view.operands(tensors))
-    sink = EACH if shares is not None or (need_variance and not is_summed) else _sink(operands.d_variance, view.dims)
-    return None if sink is None else _Layout(view, tensors, operands, d_variance, shares, sink)
-
-
-def _sink(summed: Operand | None, dims: int) -> tl.constexpr | None:
-    """Where a variance's gradient goes that broadcasts; None if it varies in a pattern that has no sink."""
-    if summed is None:
-        return NOTHING
-    varied, by_column = sum(step != 0 for step in summed.strides[:dims]), len(summed.strides) > dims
-    if varied == 0:
-        return COLS if by_column else TOTAL
-    return ROWS if varied == 1 and not by_column else None
-
-
-def _sum_variance(layout: _Layout, empty: Any) -> _VarianceSums:
-    """The number of programs, which depends on it, and the partial sums of the variance's gradient."""
-    view, d_variance = layout.fold, layout.d_variance
-    if layout.sink is COLS:
-        groups = max(1, min(max(GROUPS, GROUP_PROGRAMS // view.chunks), PROGRAMS // view.chunks, view.tiles // view.chunks))
-        parts = empty(groups, view.cols)
-        return _VarianceSums(groups * view.chunks, parts, Segments(parts, d_variance, groups, view.cols, 1))
-    if layout.sink is TOTAL:
-        parts = empty(view.programs)
-        return _VarianceSums(view.programs, parts, Segments(parts, d_variance, 1, 1, view.programs))
-    if layout.sink is ROWS:
-        parts = empty(view.rows, view.chunks)
-        strides = layout.operands.d_variance.strides
-        sizes = (view.rows // (view.r1 * view.r2), view.r1, view.r2)[3 - view.dims :]
-        i = next(i for i, step in enumerate(strides) if step)
-        inner = math.prod(sizes[i + 1 :]) * view.chunks
-        segments = Segments(parts, d_variance, math.prod(sizes[:i]), sizes[i], inner, step=strides[i])
-        return _VarianceSums(view.programs, parts, segments)
-    return _VarianceSums(view.programs)
-
-
-def inverse_variance(logvar: float) -> float:
-    try:
-        return math.exp(-logvar)
-    except OverflowError:
-        return math.inf
-
-
-def _launch(planned: NLLPlan, acc: torch.dtype, device: torch.device) -> None:
-    launch(nll_kernel, planned.programs, device, *planned.grid, planned.args, planned.flags)
-    finish(acc, planned.terms.segments, planned.variance_segments)
-
-
-def _forward(inputs: NLLInputs, spec: Likelihood, needs: Needs) -> tuple[tuple[Tensor], None]:
-    acc = accumulate_dtype(*inputs[: inputs.differentiable])
-    planned = plan_nll(inputs, spec, NLLWanted(terms=True), acc)
-    _launch(planned, acc, inputs.recon.device)
-    return (planned.terms.result(),), None
-
-
-def _backward(inputs: NLLInputs, spec: Likelihood, grad_outputs: Gradients, needs: Needs, kept: None) -> Gradients:
-    acc = accumulate_dtype(*inputs[: inputs.differentiable])
-    planned = plan_nll(inputs, spec, NLLWanted(False, needs, grad_outputs[0]), acc)
-    _launch(planned, acc, inputs.recon.device)
-    return planned.finished_gradients(inputs.variance)
-
-
-gaussian_nll = Op(_forward, _backward)

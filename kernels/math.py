@@ -10,7 +10,20 @@ Polynomials are minimax fits (Remez, relative error) of the series named beside 
 import triton
 import triton.language as tl
 
-__all__ = ["exp", "expm1_and_remainder", "log", "sincos_2pi"]
+
+@triton.jit
+def polynomial(x, coefficients):
+    """Its value at a float32 or float64 block, by Horner's rule: the coefficient of the highest power comes first."""
+    if x.dtype == tl.float64:
+        # Plain products and sums: tl.fma takes a Python float for float32.
+        p = x * coefficients[0] + coefficients[1]
+        for i in tl.static_range(2, len(coefficients)):
+            p = p * x + coefficients[i]
+    else:
+        p = tl.fma(x, coefficients[0], coefficients[1])
+        for i in tl.static_range(2, len(coefficients)):
+            p = tl.fma(p, x, coefficients[i])
+    return p
 
 
 @triton.jit
@@ -20,29 +33,22 @@ def exp(x):
         return tl.exp(x)
     else:
         tl.static_assert(x.dtype == tl.float32, "exp: widen to float32 first")
-        return _exp_f32(x)
-
-
-@triton.jit
-def _exp_f32(x):
-    # x = 2 h log(2) + r. Scaling by 2**h twice needs one exponent, and 2 h spans the subnormals without overflowing it.
-    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 89.0, propagate_nan=tl.PropagateNan.ALL)
-    # Adding 1.5 * 2**23 rounds to an integer and leaves it, plus the exponent bias 127, in the low bits.
-    t = tl.fma(x, 0.7213475204444817, 12583039.0)
-    h = t - 12583039.0
-    scale = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    # 2 log(2) in two parts; h times the first is exact.
-    r = tl.fma(h, -1.38629150390625, x)
-    r = tl.fma(h, -2.8572136405724535e-06, r)
-    p = tl.fma(r, 0.00019611803872976452, 0.0014104304136708379)  # (e**r - 1 - r) / r**2 for |r| <= log(2)
-    p = tl.fma(p, r, 0.008336098864674568)
-    p = tl.fma(p, r, 0.041661277413368225)
-    p = tl.fma(p, r, 0.1666661500930786)
-    p = tl.fma(p, r, 0.5000003576278687)
-    p = tl.fma(p, r, 1.0)
-    p = tl.fma(p, r, 1.0)
-    return p * scale * scale
+        # x = 2 h log(2) + r. Scaling by 2**h twice needs one exponent, and 2 h spans the subnormals without overflowing it.
+        x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 89.0, propagate_nan=tl.PropagateNan.ALL)
+        # Adding 1.5 * 2**23 rounds to an integer and leaves it, plus the exponent bias 127, in the low bits.
+        t = tl.fma(x, 0.7213475204444817, 12583039.0)
+        h = t - 12583039.0
+        scale = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        # 2 log(2) in two parts; h times the first is exact.
+        r = tl.fma(h, -1.38629150390625, x)
+        r = tl.fma(h, -2.8572136405724535e-06, r)
+        # e**r for |r| <= log(2), of which (e**r - 1 - r) / r**2 is fitted
+        e = polynomial(r, (
+            0.00019611803872976452, 0.0014104304136708379, 0.008336098864674568, 0.041661277413368225,
+            0.1666661500930786, 0.5000003576278687, 1.0, 1.0,
+        ))  # fmt: skip
+        return e * scale * scale
 
 
 @triton.jit
@@ -67,14 +73,10 @@ def log_normal_f32(x):
     # x = 2**k m with m in [2/3, 4/3): close to 1 k is 0, so nothing cancels. e holds k * 2**23.
     e = tl.sub(bits, 0x3F2AAAAB, sanitize_overflow=False) & -8388608
     f = tl.sub(bits, e, sanitize_overflow=False).to(tl.float32, bitcast=True) - 1.0
-    p = tl.fma(f, -0.12950366735458374, 0.1400611251592636)  # (log(1 + f) - f) / f**2
-    p = tl.fma(p, f, -0.12166854739189148)
-    p = tl.fma(p, f, 0.1400090754032135)
-    p = tl.fma(p, f, -0.16682326793670654)
-    p = tl.fma(p, f, 0.2001076191663742)
-    p = tl.fma(p, f, -0.24999716877937317)
-    p = tl.fma(p, f, 0.3333320915699005)
-    p = tl.fma(p, f, -0.5)
+    p = polynomial(f, (  # (log(1 + f) - f) / f**2
+        -0.12950366735458374, 0.1400611251592636, -0.12166854739189148, 0.1400090754032135, -0.16682326793670654,
+        0.2001076191663742, -0.24999716877937317, 0.3333320915699005, -0.5,
+    ))  # fmt: skip
     p = tl.fma(p, f * f, f)
     return tl.fma(e.to(tl.float32), 8.262958294867817e-08, p)  # log(2) * 2**-23
 
@@ -86,61 +88,38 @@ def expm1_and_remainder(v):
     The second is the variance part of KL(N(0, e**v) || N(0, 1)), times two.
     """
     if v.dtype == tl.float64:
-        return _expm1_and_remainder_f64(v)
+        p = polynomial(v, (  # (e**v - 1 - v) / v**2 for |v| <= 1
+            4.7988626503352334e-14, 7.752866515275412e-13, 1.1471240541581527e-11, 1.6057462258410962e-10, 2.0876744830109538e-09,
+            2.5052120413093462e-08, 2.755731932489907e-07, 2.755731917507784e-06, 2.4801587301197165e-05, 0.00019841269841371754,
+            0.001388888888888958, 0.00833333333333324, 0.041666666666666664, 0.16666666666666666, 0.5,
+        ))  # fmt: skip
+        w = p * v * v
+        e = tl.exp(v) - 1.0
+        # Past the overflow of e**v the minimum keeps inf - inf from arising.
+        far = e - tl.minimum(v, 800.0, propagate_nan=tl.PropagateNan.ALL)
+        near = tl.abs(v) <= 1.0
+        return tl.where(near, v + w, e), tl.where(near, w, far)
     else:
         tl.static_assert(v.dtype == tl.float32, "expm1_and_remainder: widen to float32 first")
-        return _expm1_and_remainder_f32(v)
-
-
-@triton.jit
-def _expm1_and_remainder_f32(v):
-    v = tl.minimum(v, 89.0, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.maximum(v, -40.0, propagate_nan=tl.PropagateNan.ALL)  # e**-40 is nothing beside 1
-    near = tl.abs(v) <= 1.0
-    # x = n log(2) + r as in _exp_f32, with n = 0 near zero. The low bits of t make 2**(n-1): 2**128 does not exist.
-    t = tl.where(near, 12583038.0, tl.fma(x, 1.4426950408889634, 12583038.0))
-    n = t - 12583038.0
-    half = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    r = tl.fma(n, -0.693145751953125, x)
-    r = tl.fma(n, -1.4286068202862268e-06, r)
-    p = tl.fma(r, 2.772283778540441e-06, 2.535482963139657e-05)  # (e**r - 1 - r) / r**2 for |r| <= 1
-    p = tl.fma(p, r, 0.0001984402333619073)
-    p = tl.fma(p, r, 0.001388545148074627)
-    p = tl.fma(p, r, 0.00833331048488617)
-    p = tl.fma(p, r, 0.04166673496365547)
-    p = tl.fma(p, r, 0.1666666716337204)
-    p = tl.fma(p, r, 0.5)
-    w = p * r * r  # in this order it rounds once where r * r is subnormal
-    q = r + w
-    grow = half - 0.5
-    expm1 = 2.0 * tl.fma(half, q, grow)
-    remainder = 2.0 * tl.fma(half, q, tl.fma(v, -0.5, grow))
-    return expm1, tl.where(near, w, remainder)
-
-
-@triton.jit
-def _expm1_and_remainder_f64(v):
-    # Plain products and sums: tl.fma takes a Python float for float32.
-    p = v * 4.7988626503352334e-14 + 7.752866515275412e-13  # (e**v - 1 - v) / v**2 for |v| <= 1
-    p = p * v + 1.1471240541581527e-11
-    p = p * v + 1.6057462258410962e-10
-    p = p * v + 2.0876744830109538e-09
-    p = p * v + 2.5052120413093462e-08
-    p = p * v + 2.755731932489907e-07
-    p = p * v + 2.755731917507784e-06
-    p = p * v + 2.4801587301197165e-05
-    p = p * v + 0.00019841269841371754
-    p = p * v + 0.001388888888888958
-    p = p * v + 0.00833333333333324
-    p = p * v + 0.041666666666666664
-    p = p * v + 0.16666666666666666
-    p = p * v + 0.5
-    w = p * v * v
-    e = tl.exp(v) - 1.0
-    # Past the overflow of e**v the minimum keeps inf - inf from arising.
-    far = e - tl.minimum(v, 800.0, propagate_nan=tl.PropagateNan.ALL)
-    near = tl.abs(v) <= 1.0
-    return tl.where(near, v + w, e), tl.where(near, w, far)
+        v = tl.minimum(v, 89.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(v, -40.0, propagate_nan=tl.PropagateNan.ALL)  # e**-40 is nothing beside 1
+        near = tl.abs(v) <= 1.0
+        # x = n log(2) + r as in `exp`, with n = 0 near zero. The low bits of t make 2**(n-1): 2**128 does not exist.
+        t = tl.where(near, 12583038.0, tl.fma(x, 1.4426950408889634, 12583038.0))
+        n = t - 12583038.0
+        half = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        r = tl.fma(n, -0.693145751953125, x)
+        r = tl.fma(n, -1.4286068202862268e-06, r)
+        p = polynomial(r, (  # (e**r - 1 - r) / r**2 for |r| <= 1
+            2.772283778540441e-06, 2.535482963139657e-05, 0.0001984402333619073, 0.001388545148074627,
+            0.00833331048488617, 0.04166673496365547, 0.1666666716337204, 0.5,
+        ))  # fmt: skip
+        w = p * r * r  # in this order it rounds once where r * r is subnormal
+        q = r + w
+        grow = half - 0.5
+        expm1 = 2.0 * tl.fma(half, q, grow)
+        remainder = 2.0 * tl.fma(half, q, tl.fma(v, -0.5, grow))
+        return expm1, tl.where(near, w, remainder)
 
 
 @triton.jit
@@ -150,14 +129,10 @@ def sincos_2pi(bits):
     a = tl.fma((bits << 2).to(tl.int32, bitcast=True).to(tl.float32), 4.656612873077393e-10, 9.313225746154785e-10)
     quadrant = tl.add(bits, 0x20000000, sanitize_overflow=False)
     a2 = a * a
-    s = tl.fma(a2, -3.59504520019982e-05, 0.00249000103212893)
-    s = tl.fma(s, a2, -0.08074543625116348)
-    s = tl.fma(s, a2, -2.43989717318982e-08)  # what float32 leaves out of pi/4
+    # The last coefficient is what float32 leaves out of pi/4.
+    s = polynomial(a2, (-3.59504520019982e-05, 0.00249000103212893, -0.08074543625116348, -2.43989717318982e-08))
     s = tl.fma(a, 0.7853981852531433, s * a)
-    c = tl.fma(a2, 3.5313346415932756e-06, -0.00032594200456514955)
-    c = tl.fma(c, a2, 0.015854327008128166)
-    c = tl.fma(c, a2, -0.3084251284599304)
-    c = tl.fma(c, a2, 1.0)
+    c = polynomial(a2, (3.5313346415932756e-06, -0.00032594200456514955, 0.015854327008128166, -0.3084251284599304, 1.0))
     odd = (quadrant & 0x40000000) != 0
     sin = tl.where(odd, c, s).to(tl.uint32, bitcast=True) ^ (quadrant & 0x80000000)
     quadrant = tl.add(quadrant, 0x40000000, sanitize_overflow=False)

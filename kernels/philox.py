@@ -10,8 +10,6 @@ import triton.language as tl
 
 from .math import log_normal_f32, sincos_2pi
 
-__all__ = ["normal_at", "normal_tile_aligned", "philox_bits4", "philox_normal4"]
-
 
 @triton.jit
 def philox_bits4(seed, counter):
@@ -34,10 +32,7 @@ def _box_muller(x0, x1):
 
 @triton.jit
 def philox_normal4(seed, counter):
-    """Four float32 blocks of standard normals, shaped like counter: elements 4 counter + 0, 1, 2, 3.
-
-    seed: 64-bit integer scalar; counter: int64 block.
-    """
+    """Four float32 blocks of standard normals for an int64 block of counters: elements 4 counter + 0, 1, 2, 3."""
     x0, x1, x2, x3 = philox_bits4(seed, counter)
     n0, n1 = _box_muller(x0, x1)
     n2, n3 = _box_muller(x2, x3)
@@ -65,3 +60,12 @@ def normal_at(seed, index):
     second = (index & 2) != 0
     sin, cos = _box_muller(tl.where(second, x2, x0), tl.where(second, x3, x1))
     return tl.where((index & 1) != 0, cos, sin)
+
+
+@triton.jit
+def normal_rows(seed, start, N: tl.constexpr, ALIGNED: tl.constexpr):
+    """float32 (BM, N) normals for rows that start at an int64 (BM,) block of elements; ALIGNED says that 4 divides these."""
+    if ALIGNED:
+        return normal_tile_aligned(seed, (start >> 2)[:, None] + tl.arange(0, N // 4)[None, :])
+    else:
+        return normal_at(seed, start[:, None] + tl.arange(0, N)[None, :])

@@ -1,4 +1,4 @@
-"""Deterministic sums: programs write partials, and one small launch adds them up in a fixed order, in float64.
+"""Deterministic sums: programs write partial sums, and one small launch adds them up in a fixed order, in float64.
 
 A last-block reduction would save that launch at the price of a counter, a barrier and an order that needs proof on every target;
 a second launch of one program is ordered by the stream.
@@ -6,7 +6,6 @@ a second launch of one program is ordered by the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,160 +13,166 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastelbo.specs import Factor
+from fastelbo.specs import KL, Factor, Gradients, Likelihood, Needs
 
-from .launch import TYPES, Fold, launch, narrow, read, scalar
+from .launch import TYPES, Fold, launch, scalar
+from .tile import put, read, store
 
 # Where a tile's values go: nowhere; into one partial sum a program; one a row and chunk of columns; one a column and group of rows;
 # or each to its own element.
 NOTHING, TOTAL, ROWS, COLS, EACH = (tl.constexpr(i) for i in range(5))
 
-_REDUCE = 1024
-# Families that one launch adds up, at most.
-_FAMILIES = 3
+# Partial sums that a program reads at once.
+_REDUCE = tl.constexpr(1024)
+# Families of sums that one launch adds up, at most.
+FAMILIES = 3
 
 
-class Segments(NamedTuple):
-    """out[k] = scale * sum over o, i of parts[o, k, i], for parts of shape (outer, kept, inner), row-major."""
+@triton.jit
+def collect(values, total, operand, parts, tile, SINK: tl.constexpr, B: tl.constexpr):
+    """Put the values of a tile where they go. `total` comes back, with them where they are summed over the tiles of a program."""
+    if SINK == EACH:
+        store(operand, values, tile, B)
+    elif SINK == ROWS:
+        tl.store(parts + tile.rows.to(tl.int64) * tile.chunks + tile.chunk, tl.sum(values, 1), tile.in_rows)
+    elif SINK != NOTHING:
+        total += values
+    return total
 
-    parts: Tensor
-    out: Tensor
-    outer: int
-    kept: int
-    inner: int
+
+@triton.jit
+def _sum(family, sizes, rank, BK: tl.constexpr, ACC: tl.constexpr):
+    """Store the sums of BK neighbouring segments, and return them (BK,). Takes a `Sums`: its tensors and factors, and its sizes."""
+    BR: tl.constexpr = _REDUCE // BK
+    parts, out, step, scale = family
+    outer, kept, inner = sizes
+    k = rank * BK + tl.arange(0, BK)
+    total = tl.zeros((BR, BK), tl.float64)
+    count = outer * inner
+    for start in range(0, count, BR):
+        r = start + tl.arange(0, BR)
+        row = (r // inner).to(tl.int64)[:, None] * (kept * inner)
+        at = row + k.to(tl.int64)[None, :] * inner + (r % inner)[:, None]
+        mask = (r < count)[:, None] & (k < kept)[None, :]
+        total += tl.load(parts + at, mask, other=0.0).to(tl.float64)
+    sums = (tl.sum(total, 0) * read(scale, ACC).to(tl.float64)).to(ACC)
+    put(sums, out, k.to(tl.int64) * step, k < kept)
+    return sums
+
+
+@triton.jit(do_not_specialize=[f"{size}_{i}" for i in range(FAMILIES) for size in ("outer", "kept", "inner")])
+def finish_kernel(
+    families, loss, beta, outer_0, kept_0, inner_0, outer_1, kept_1, inner_1, outer_2, kept_2, inner_2,
+    BLOCKS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Families of segments, one after another in the order of the programs. Of each, a program sums so many: BLOCKS.
+
+    With `loss` (), the first program sums the first two. They are then the totals nll and kl, and the loss is nll + beta * kl; beta
+    is a number, or a pointer to one.
+    """
+    sizes = ((outer_0, kept_0, inner_0), (outer_1, kept_1, inner_1), (outer_2, kept_2, inner_2))
+    pid = tl.program_id(0)
+    first = 0
+    if loss is not None:
+        if pid == 0:
+            nll = _sum(families[0], sizes[0], 0, BLOCKS[0], ACC)
+            kl = _sum(families[1], sizes[1], 0, BLOCKS[1], ACC)
+            tl.store(loss + tl.arange(0, BLOCKS[0]), nll + read(beta, ACC) * kl)
+        first = 1
+    for i in tl.static_range(len(families)):
+        if loss is None or i >= 2:
+            programs = tl.cdiv(sizes[i][1], BLOCKS[i])
+            if (pid >= first) & (pid < first + programs):
+                _sum(families[i], sizes[i], pid - first, BLOCKS[i], ACC)
+            first += programs
+
+
+class Sums(NamedTuple):
+    """out[k] = scale * sum over o, i of parts[o, k, i]: where a launch puts its values, and what is left to add up then."""
+
+    sink: tl.constexpr = NOTHING
+    out: Tensor | None = None  # (kept,), `step` apart
+    # (outer, kept, inner), row-major; `out` itself where nothing is left to add up, None where nothing is added at all
+    parts: Tensor | None = None
+    outer: int = 1
+    kept: int = 1
+    inner: int = 1
     scale: Factor = 1.0
-    step: int = 1  # stride of out
+    step: int = 1
+
+    @property
+    def is_partial(self) -> bool:
+        return self.parts is not None and self.parts is not self.out
 
     @property
     def block(self) -> int:
         """How many segments a program sums: few long ones are read along themselves, many short ones side by side."""
         return 1 if self.kept == 1 or self.inner >= 64 else 16
 
-
-# ---- on the device ---------------------------------------------------------------------------------------------------------------
-
-
-class Family(NamedTuple):
-    """A `Segments` as a kernel takes it, except its sizes, which are arguments of their own (see `launch.py`)."""
-
-    parts: Any  # (outer, kept, inner)
-    out: Any  # (kept,), `step` apart
-    step: Any
-    scale: Any  # a number, or a pointer to one
-
-
-class Sizes(NamedTuple):
-    outer: Any
-    kept: Any
-    inner: Any
-
-
-class Loss(NamedTuple):
-    """out = nll + beta * kl, of families 0 and 1, which are then totals."""
-
-    out: Any  # ()
-    beta: Any  # a number, or a pointer to one
-
-
-class FinishFlags(NamedTuple):
-    BLOCKS: tuple[int, ...]  # of each family, the segments of a program
-    REDUCE: int  # partial sums that a program reads at once
-    ACC: tl.dtype
-
-
-@triton.jit
-def _sum(family, sizes, rank, BK: tl.constexpr, C: tl.constexpr):
-    """Store the sums of BK neighbouring segments, and return them (BK,)."""
-    BR: tl.constexpr = C.REDUCE // BK
-    k = rank * BK + tl.arange(0, BK)
-    total = tl.zeros((BR, BK), tl.float64)
-    count = sizes.outer * sizes.inner
-    for start in range(0, count, BR):
-        r = start + tl.arange(0, BR)
-        outer = (r // sizes.inner).to(tl.int64)[:, None] * (sizes.kept * sizes.inner)
-        at = outer + k.to(tl.int64)[None, :] * sizes.inner + (r % sizes.inner)[:, None]
-        mask = (r < count)[:, None] & (k < sizes.kept)[None, :]
-        total += tl.load(family.parts + at, mask, other=0.0).to(tl.float64)
-    sums = (tl.sum(total, 0) * read(family.scale, C.ACC).to(tl.float64)).to(C.ACC)
-    tl.store(family.out + k.to(tl.int64) * family.step, narrow(sums, family.out), k < sizes.kept)
-    return sums
-
-
-_SIZES = [f"{size}_{i}" for i in range(_FAMILIES) for size in Sizes._fields]
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def finish_kernel(
-    families, loss, outer_0, kept_0, inner_0, outer_1, kept_1, inner_1, outer_2, kept_2, inner_2, C: tl.constexpr
-):  # fmt: skip
-    """Families of segments, one after another in the order of the programs. With `loss`, the first program sums the first two."""
-    sizes = (Sizes(outer_0, kept_0, inner_0), Sizes(outer_1, kept_1, inner_1), Sizes(outer_2, kept_2, inner_2))
-    pid = tl.program_id(0)
-    first = 0
-    if loss is not None:
-        if pid == 0:
-            nll = _sum(families[0], sizes[0], 0, C.BLOCKS[0], C)
-            kl = _sum(families[1], sizes[1], 0, C.BLOCKS[1], C)
-            tl.store(loss.out + tl.arange(0, C.BLOCKS[0]), nll + read(loss.beta, C.ACC) * kl)
-        first = 1
-    for i in tl.static_range(len(families)):
-        if loss is None or i >= 2:
-            programs = tl.cdiv(sizes[i].kept, C.BLOCKS[i])
-            if (pid >= first) & (pid < first + programs):
-                _sum(families[i], sizes[i], pid - first, C.BLOCKS[i], C)
-            first += programs
-
-
-# ---- on the host -----------------------------------------------------------------------------------------------------------------
-
-
-def finish(acc: torch.dtype, *segments: Segments | None, loss: Tensor | None = None, beta: Factor = 1.0) -> None:
-    """Add partials up in one launch, each to the dtype of its result. With `loss`, the first two are the totals nll and kl."""
-    families: list[Family] = []
-    sizes: list[int] = []
-    blocks: list[int] = []
-    programs = 0
-    for s in segments:
-        if s is not None:
-            device, block = s.parts.device, s.block
-            families.append(Family(s.parts, s.out, s.step, scalar(s.scale, acc, device)))
-            sizes += s.outer, s.kept, s.inner
-            blocks.append(block)
-            programs += -(-s.kept // block)
-    if not families:
-        return
-    of_loss = None
-    if loss is not None:
-        of_loss = Loss(loss, scalar(beta, acc, device))
-        programs -= 1  # one sums both totals
-    sizes += (0,) * (3 * _FAMILIES - len(sizes))
-    flags = FinishFlags(tuple(blocks), _REDUCE, TYPES[acc])
-    launch(finish_kernel, programs, device, tuple(families), of_loss, *sizes, flags)
-
-
-class Terms(NamedTuple):
-    """The sums of the terms that a launch computes."""
-
-    sink: tl.constexpr = NOTHING
-    parts: Tensor | None = None  # what its programs write where the sink is TOTAL or ROWS
-    segments: Segments | None = None  # what remains to be added up
-    out: Tensor | None = None
-    factor: Factor = 1.0  # what remains to be multiplied; always 1 in the package's own reductions
-
     def result(self) -> Tensor | None:
-        if isinstance(self.factor, Tensor) or self.factor != 1.0:
-            return self.out.mul_(self.factor)
-        return self.out
+        """The sums, once the partial ones are added up. No reduction of the package scales what has no partial sums."""
+        if self.is_partial or (not isinstance(self.scale, Tensor) and self.scale == 1.0):
+            return self.out
+        return self.out.mul_(self.scale)
 
 
-def sums(fold: Fold, shape: torch.Size, scale: Factor, programs: int, empty: Callable[..., Tensor]) -> Terms:
-    """For sums of that shape over the tiles of a launch; `empty` makes buffers in the dtype of the arithmetic."""
-    out = empty(shape)
-    if not shape:
-        parts = empty(programs)
-        return Terms(TOTAL, parts, Segments(parts, out, 1, 1, programs, scale), out)
-    inner = fold.per_out * fold.chunks
+def partial(
+    sink: tl.constexpr, out: Tensor, outer: int, kept: int, inner: int, acc: torch.dtype, scale: Factor = 1.0, step: int = 1
+) -> Sums:
+    return Sums(sink, out, torch.empty(outer * kept * inner, dtype=acc, device=out.device), outer, kept, inner, scale, step)
+
+
+def sums_of_terms(spec: Likelihood | KL, view: Fold, programs: int, like: Tensor, each: Tensor | None, acc: torch.dtype) -> Sums:
+    """For the terms of a launch over tensors like this one; `each` is for them all, where none are summed."""
+    if each is not None:
+        return Sums(EACH, each, scale=spec.scale)
+    out = torch.empty(like.shape[: spec.keep], dtype=acc, device=like.device)
+    if not out.shape:
+        return partial(TOTAL, out, 1, 1, programs, acc, spec.scale)
+    inner = view.per_out * view.chunks
     if inner == 1:
-        return Terms(ROWS, out, None, out, scale)
-    parts = empty(fold.rows * fold.chunks)
-    return Terms(ROWS, parts, Segments(parts, out, 1, fold.rows // fold.per_out, inner, scale), out)
+        return Sums(ROWS, out, out, scale=spec.scale)
+    return partial(ROWS, out, 1, view.rows // view.per_out, inner, acc, spec.scale)
+
+
+def finish(acc: torch.dtype, *sums: Sums, loss: Tensor | None = None, beta: Factor = 1.0) -> None:
+    """Add partial sums up in one launch, each to the dtype of its result. With `loss`, the first two are the totals nll and kl."""
+    left = [s for s in sums if s.is_partial]
+    if not left:
+        return
+    device = left[0].parts.device
+    families = tuple((s.parts, s.out, s.step, scalar(s.scale, acc, device)) for s in left)
+    sizes = [size for s in left for size in (s.outer, s.kept, s.inner)] + [0] * (3 * (FAMILIES - len(left)))
+    blocks = tuple(s.block for s in left)
+    programs = sum(-(-s.kept // block) for s, block in zip(left, blocks, strict=True))
+    factor = None
+    if loss is not None:
+        factor = scalar(beta, acc, device)
+        programs -= 1  # one sums both totals
+    launch(finish_kernel, programs, device, (families, loss, factor, *sizes, blocks, TYPES[acc]))
+
+
+class Plan(NamedTuple):
+    """One side's launch, what is left to add up after it, and what it yields."""
+
+    kernel: Any
+    sizes: tuple[int, ...]  # its arguments that do not specialise; those of a `Grid` come first
+    args: Any
+    flags: Any
+    terms: Sums
+    gradients: Gradients
+    of_variance: Sums = Sums()  # the gradient of a variance that broadcasts
+    z: Tensor | None = None
+
+    @property
+    def programs(self) -> int:
+        return self.sizes[0]
+
+    def launch(self, device: torch.device) -> None:
+        if self.programs:
+            launch(self.kernel, self.programs, device, (*self.sizes, self.args, self.flags))
+
+
+def nothing(needs: Needs) -> Plan:
+    """The plan of a side that has nothing to do."""
+    return Plan(None, (0,), None, None, Sums(), (None,) * len(needs))

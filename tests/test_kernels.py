@@ -20,6 +20,7 @@ import fastelbo.kernels.launch as launch  # noqa: E402
 from fastelbo import kernels  # noqa: E402
 from fastelbo.kernels.gaussian_nll import NLLArgs, nll_kernel  # noqa: E402
 from fastelbo.kernels.latent import LatentArgs  # noqa: E402
+from fastelbo.kernels.tile import row_offset  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -221,7 +222,7 @@ def test_row_offsets_are_64_bit() -> None:
     @triton.jit
     def probe(out, r1, r2, strides, DIMS: tl.constexpr):
         rows = tl.arange(0, 4) + 70_000
-        tl.store(out + tl.arange(0, 4), launch.row_offset(rows, r1, r2, strides, DIMS))
+        tl.store(out + tl.arange(0, 4), row_offset(rows, r1, r2, strides, DIMS))
 
     if not kernels.INTERPRETED:
         pytest.skip("the GPU tests address real tensors of that size")

@@ -6,6 +6,9 @@ the KL and the gradients of h, or of mu and logvar. `columns_kernel` owns column
 bias, variance and x. In one kernel, programs would have to share each other's sums; making the tile twice is cheaper, since h and
 weight are narrow. Drawing noise twice is not, so the rows leave z, of mu's size, to the columns where these have work. Where
 owners alone are too few to fill a chip, walks are split, and the parts are added in a fixed order.
+
+In the records `Rows` are an `Operand` whose rows lie one stride apart, each of them dense. None stands for an input that does not
+exist and for an output that is not wanted.
 """
 
 from __future__ import annotations
@@ -17,26 +20,17 @@ import triton.language as tl
 import triton.language.core as core
 
 from ..latent import ALIGNED, GIVEN, NO_NOISE, kl_math
-from ..launch import INTERPRETED, narrow, read
+from ..launch import INTERPRETED
 from ..math import exp
-from ..philox import normal_at, normal_tile_aligned
+from ..philox import normal_rows
 from ..reduction import EACH, NOTHING
+from ..tile import narrow, put, read
 
 # What the variance is: a number, a tensor of one value, or one of a value for each column.
 FIXED, SCALAR, COLUMNS = (tl.constexpr(i) for i in range(3))
 
 # The interpreter multiplies the bit patterns of bfloat16.
 _WIDEN = tl.constexpr(INTERPRETED)
-
-
-# ---- what the kernels take: None where an input does not exist, or where an output is not wanted ---------------------------------
-
-
-class Rows(NamedTuple):
-    """A tensor whose rows lie `stride` elements apart, each of them dense."""
-
-    pointer: Any  # on the host the tensor itself
-    stride: Any
 
 
 class Layer(NamedTuple):
@@ -79,47 +73,30 @@ class ColumnsOut(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Numbers, or pointers to one float32."""
+    """Numbers, or pointers to one float32; `columns_kernel` takes the first three."""
 
     inverse: Any  # 1 / variance where that is fixed
     scale: Any  # of the terms and of every gradient
     gain: Any  # the upstream gradient where it is one for all rows
+    constant: Any = None  # added to the terms for each column
+    kl_scale: Any = None
+    beta: Any = None
 
 
-class RowsFactors(NamedTuple):
-    inverse: Any
-    scale: Any
-    gain: Any
-    constant: Any  # added to the terms for each column
-    kl_scale: Any
-    beta: Any
-
-
-class RowsFlags(NamedTuple):
+class Flags(NamedTuple):
     KIND: Any  # of the variance
-    TERMS: Any  # where their sums go: NOTHING, TOTAL, EACH
-    NOISE: Any  # where it comes from
-    SLOPES: Any  # whether a gradient of h, mu or logvar is wanted
-    OPERAND: Any  # the dtypes and the precision of `tiles.Dot`
+    OPERAND: Any  # the dtypes and the precision of `tiles.dot_of`
     SLOPE: Any
     PRECISION: Any
-    BM: Any  # rows of a tile
-    BN: Any  # columns of a tile
     HP: Any  # width, padded to a power of two
-
-
-class ColumnsFlags(NamedTuple):
-    KIND: Any
-    SHARED: Any  # whether a row of x belongs to several rows of h
-    OPERAND: Any
-    SLOPE: Any
-    PRECISION: Any
-    BM: Any
-    BN: Any
-    HP: Any
-
-
-# ---- tiles -----------------------------------------------------------------------------------------------------------------------
+    BM: Any = None  # rows of a tile
+    BN: Any = None  # columns of a tile
+    # Of `rows_kernel`:
+    TERMS: Any = None  # where their sums go: NOTHING, TOTAL, EACH
+    NOISE: Any = None  # where it comes from
+    SLOPES: Any = None  # whether a gradient of h, mu or logvar is wanted
+    # Of `columns_kernel`:
+    SHARED: Any = None  # whether a row of x belongs to several rows of h
 
 
 @triton.jit
@@ -135,7 +112,7 @@ def operand(value, OP: tl.constexpr):
 def rows_of(matrix, rows, width, HP: tl.constexpr):
     """Rows of a matrix, as wide as the next power of two."""
     j = tl.arange(0, HP)
-    at = rows.to(tl.int64)[:, None] * matrix.stride + j[None, :]
+    at = rows.to(tl.int64)[:, None] * matrix.strides[0] + j[None, :]
     return tl.load(matrix.pointer + at, (j < width)[None, :], other=0.0)
 
 
@@ -145,12 +122,9 @@ def noise_of(posterior, rows, width, HP: tl.constexpr, NOISE: tl.constexpr):
     start = rows.to(tl.int64) * width
     if NOISE == GIVEN:
         j = tl.arange(0, HP)
-        noise = tl.load(posterior.eps + start[:, None] + j[None, :], (j < width)[None, :], other=0.0).to(tl.float32)
-    elif NOISE == ALIGNED:
-        noise = normal_tile_aligned(tl.load(posterior.seed), (start >> 2)[:, None] + tl.arange(0, HP // 4)[None, :])
+        return tl.load(posterior.eps + start[:, None] + j[None, :], (j < width)[None, :], other=0.0).to(tl.float32)
     else:
-        noise = normal_at(tl.load(posterior.seed), start[:, None] + tl.arange(0, HP)[None, :])
-    return noise
+        return normal_rows(tl.load(posterior.seed), start, HP, NOISE == ALIGNED)
 
 
 @triton.jit
@@ -171,14 +145,11 @@ def shift_and_level(layer, inverse, gain, cols, live, KIND: tl.constexpr):
     return shift, level, tl.where(live, factor, 0.0)
 
 
-# ---- the rows --------------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit(do_not_specialize=["batch", "splits", "walk"])
 def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors, C: tl.constexpr):
     """Program (sample, block of rows of x, part of the columns): the terms' sums, and the gradient of h or what z is made from.
 
-    Takes Layer, Posterior, RowsOut, RowsFactors, RowsFlags. Walks `walk` tiles of columns, a `splits`-th of them all.
+    Takes Layer, Posterior, RowsOut, Factors, Flags. Walks `walk` tiles of columns, a `splits`-th of them all.
     """
     BM: tl.constexpr = C.BM
     BN: tl.constexpr = C.BN
@@ -211,7 +182,7 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
                 tl.store(layer.h.pointer + rows.to(tl.int64)[:, None] * width + j[None, :], z, live)
         mine = operand(z, C.OPERAND)
 
-    of_x = row.to(tl.int64) * layer.x.stride
+    of_x = row.to(tl.int64) * layer.x.strides[0]
     squares = tl.zeros((BM,), tl.float32)
     levels = tl.zeros((BN,), tl.float32)
     grad = tl.zeros((BM, HP), tl.float32)
@@ -242,12 +213,11 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
         else:
             tl.store(out.terms + pid, tl.sum(tl.where(in_rows, terms, 0.0)))
     if layer.up is not None:
-        of_row = tl.load(layer.up.pointer + rows.to(tl.int64) * layer.up.stride).to(tl.float32)[:, None]
+        of_row = tl.load(layer.up.pointer + rows.to(tl.int64) * layer.up.strides[0]).to(tl.float32)[:, None]
         rate = rate * of_row
         grad *= of_row
     at = ((sample * splits + split).to(tl.int64) * batch + row)[:, None] * width + j[None, :]
-    if out.d_h is not None:
-        tl.store(out.d_h + at, narrow(grad, out.d_h), live)
+    put(grad, out.d_h, at, live)
     if C.NOISE != NO_NOISE:
         # Read and drawn again: over the walk they would fill the registers.
         lv = rows_of(posterior.logvar, row, width, HP).to(tl.float32)
@@ -274,66 +244,40 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
             of_kl = rate * (kl_scale * read(factors.beta, tl.float32))
             grad += of_mu * of_kl
             through += of_lv * of_kl
-            if out.d_prior_mu is not None:
-                tl.store(out.d_prior_mu + at, narrow(-of_mu * of_kl, out.d_prior_mu), live)
-            if out.d_prior_logvar is not None:
-                tl.store(out.d_prior_logvar + at, narrow(of_plv * of_kl, out.d_prior_logvar), live)
-        if out.d_mu is not None:
-            tl.store(out.d_mu + at, narrow(grad, out.d_mu), live)
-        if out.d_logvar is not None:
-            tl.store(out.d_logvar + at, narrow(through, out.d_logvar), live)
-
-
-# ---- the columns -----------------------------------------------------------------------------------------------------------------
-
-
-class Columns(NamedTuple):
-    """What a program of `columns_kernel` knows of its columns."""
-
-    weight: Any  # (BN, HP), an operand
-    shift: Any  # (BN,): the bias
-    factor: Any  # (BN,): gain / variance
-    gain: Any  # ()
-
-
-class Sums(NamedTuple):
-    """What it adds up over the rows."""
-
-    weight: Any  # (BN, HP)
-    bias: Any  # (BN,)
-    variance: Any  # (BN,): twice the gradient
+            put(-of_mu * of_kl, out.d_prior_mu, at, live)
+            put(of_plv * of_kl, out.d_prior_logvar, at, live)
+        put(grad, out.d_mu, at, live)
+        put(through, out.d_logvar, at, live)
 
 
 @triton.jit
-def rated_residual(layer, out, mine, target, rows, in_rows, width, sums, C: tl.constexpr):
+def rated_residual(layer, out, weight, shift, factor, gain, target, rows, in_rows, width, sums, C: tl.constexpr):
     """One tile, (columns, rows): the residual over its variance times its row's upstream gradient, and the three sums with it."""
+    of_weight, of_bias, of_variance = sums
     other = operand(rows_of(layer.h, rows, width, C.HP), C.OPERAND)
-    d = tl.dot(mine.weight, tl.trans(other), input_precision=C.PRECISION) + mine.shift[:, None] - target
-    ratio = tl.where(in_rows[None, :], d * mine.factor[:, None], 0.0)
+    d = tl.dot(weight, tl.trans(other), input_precision=C.PRECISION) + shift[:, None] - target
+    ratio = tl.where(in_rows[None, :], d * factor[:, None], 0.0)
     share = ratio
     if out.d_variance is not None:
-        share = tl.where(in_rows[None, :], mine.gain - d * ratio, 0.0)
+        share = tl.where(in_rows[None, :], gain - d * ratio, 0.0)
     if layer.up is not None:
-        rate = tl.load(layer.up.pointer + rows.to(tl.int64) * layer.up.stride).to(tl.float32)[None, :]
+        rate = tl.load(layer.up.pointer + rows.to(tl.int64) * layer.up.strides[0]).to(tl.float32)[None, :]
         ratio *= rate
         share *= rate
-    of_weight = sums.weight
-    of_bias = sums.bias
-    of_variance = sums.variance
     if out.d_variance is not None:
         of_variance += tl.sum(share, 1)
     if out.d_bias is not None:
         of_bias += tl.sum(ratio, 1)
     if out.d_weight is not None:
         of_weight = tl.dot(operand(ratio, C.SLOPE), operand(other, C.SLOPE), of_weight, input_precision=C.PRECISION)
-    return ratio, Sums(of_weight, of_bias, of_variance)
+    return ratio, (of_weight, of_bias, of_variance)
 
 
 @triton.jit(do_not_specialize=["count", "batch", "splits", "walk"])
 def columns_kernel(count, batch, splits, walk, layer, out, cols, width, factors, C: tl.constexpr):
     """Program (block of columns, part of the rows): the gradients of weight, bias, variance and x.
 
-    Takes Layer, ColumnsOut, Factors, ColumnsFlags. h has `count` rows; walks `walk` tiles of rows, a `splits`-th of them all.
+    Takes Layer, ColumnsOut, Factors, Flags. h has `count` rows; walks `walk` tiles of rows, a `splits`-th of them all.
     """
     BM: tl.constexpr = C.BM
     BN: tl.constexpr = C.BN
@@ -346,49 +290,44 @@ def columns_kernel(count, batch, splits, walk, layer, out, cols, width, factors,
     in_cols = c < cols
     weight = operand(rows_of(layer.weight, tl.minimum(c, cols - 1), width, HP), C.OPERAND)
     shift, _, factor = shift_and_level(layer, read(factors.inverse, tl.float32), gain, c, in_cols, C.KIND)
-    mine = Columns(weight, shift, factor, gain)
-    sums = Sums(tl.zeros((BN, HP), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32))
+    # The gradients of weight and bias, and twice that of the variance.
+    sums = (tl.zeros((BN, HP), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32))
+    # For the gradient of an x that is shared, its rows are walked, and for each block of them the samples; otherwise the rows of h.
+    walks_x: tl.constexpr = C.SHARED and out.d_x is not None
+    end = count
+    if walks_x:
+        end = batch
     first = split * walk
-    if C.SHARED and out.d_x is not None:
-        # The rows of x are walked, and for each block of them its samples, whose gradients add up.
-        last = tl.minimum(first + walk, tl.cdiv(batch, BM))
-        for tile in range(first, last):
-            r = tile * BM + tl.arange(0, BM)
-            in_rows = r < batch
-            r = tl.minimum(r, batch - 1)
-            of_x = r.to(tl.int64)[None, :] * layer.x.stride + c[:, None]
-            target = tl.load(layer.x.pointer + of_x, in_cols[:, None], other=0.0).to(tl.float32)
-            sum_x = tl.zeros((BN, BM), tl.float32)
+    last = tl.minimum(first + walk, tl.cdiv(end, BM))
+    for tile in range(first, last):
+        rows = tile * BM + tl.arange(0, BM)
+        in_rows = rows < end
+        rows = tl.minimum(rows, end - 1)
+        r = rows
+        if C.SHARED and not walks_x:
+            r = rows % batch
+        of_x = r.to(tl.int64)[None, :] * layer.x.strides[0] + c[:, None]
+        target = tl.load(layer.x.pointer + of_x, in_cols[:, None], other=0.0).to(tl.float32)
+        if walks_x:
+            ratio = tl.zeros((BN, BM), tl.float32)
             for sample in range(count // batch):
-                ratio, sums = rated_residual(layer, out, mine, target, sample * batch + r, in_rows, width, sums, C)
-                sum_x += ratio
+                of_h = sample * batch + r
+                one, sums = rated_residual(layer, out, weight, shift, factor, gain, target, of_h, in_rows, width, sums, C)
+                ratio += one
+        else:
+            ratio, sums = rated_residual(layer, out, weight, shift, factor, gain, target, rows, in_rows, width, sums, C)
+        if out.d_x is not None:
             live = in_cols[:, None] & in_rows[None, :]
-            tl.store(out.d_x + r.to(tl.int64)[None, :] * cols + c[:, None], narrow(-sum_x, out.d_x), live)
-    else:
-        last = tl.minimum(first + walk, tl.cdiv(count, BM))
-        for tile in range(first, last):
-            rows = tile * BM + tl.arange(0, BM)
-            in_rows = rows < count
-            rows = tl.minimum(rows, count - 1)
-            r = rows
-            if C.SHARED:
-                r = rows % batch
-            of_x = r.to(tl.int64)[None, :] * layer.x.stride + c[:, None]
-            target = tl.load(layer.x.pointer + of_x, in_cols[:, None], other=0.0).to(tl.float32)
-            ratio, sums = rated_residual(layer, out, mine, target, rows, in_rows, width, sums, C)
-            if out.d_x is not None:
-                live = in_cols[:, None] & in_rows[None, :]
-                tl.store(out.d_x + rows.to(tl.int64)[None, :] * cols + c[:, None], narrow(-ratio, out.d_x), live)
+            tl.store(out.d_x + rows.to(tl.int64)[None, :] * cols + c[:, None], narrow(-ratio, out.d_x), live)
+    of_weight, of_bias, of_variance = sums
     at = split.to(tl.int64) * cols + c
     if out.d_weight is not None:
         j = tl.arange(0, HP)
         live = in_cols[:, None] & (j < width)[None, :]
-        tl.store(out.d_weight + at[:, None] * width + j[None, :], narrow(sums.weight, out.d_weight), live)
-    if out.d_bias is not None:
-        tl.store(out.d_bias + at, narrow(sums.bias, out.d_bias), in_cols)
-    if out.d_variance is not None:
-        slope = sums.variance * 0.5
-        if C.KIND == COLUMNS:
-            tl.store(out.d_variance + at, narrow(slope, out.d_variance), in_cols)
-        else:
-            tl.store(out.d_variance + pid, tl.sum(tl.where(in_cols, slope, 0.0)))
+        tl.store(out.d_weight + at[:, None] * width + j[None, :], narrow(of_weight, out.d_weight), live)
+    put(of_bias, out.d_bias, at, in_cols)
+    slope = of_variance * 0.5
+    if C.KIND == COLUMNS:
+        put(slope, out.d_variance, at, in_cols)
+    elif out.d_variance is not None:
+        tl.store(out.d_variance + pid, tl.sum(tl.where(in_cols, slope, 0.0)))

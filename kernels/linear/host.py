@@ -5,265 +5,125 @@ What these kernels cannot serve (see `tiles.Limits`) never gets here: `fastelbo.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastelbo.dtypes import LOG_2PI, has_float16
-from fastelbo.specs import (
-    KL,
-    Factor,
-    Gradients,
-    LatentInputs,
-    Likelihood,
-    Linear,
-    LinearElbo,
-    LinearElboInputs,
-    LinearInputs,
-    Needs,
-    Op,
-)
+from fastelbo.specs import KL, Gradients, LatentInputs, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs
 
 from .. import launch as launch_module
-from ..elbo import scale_gradients
-from ..gaussian_nll import inverse_variance
+from ..gaussian_nll import inverse_and_constant
 from ..latent import ALIGNED, GIVEN, NO_NOISE, UNALIGNED
 from ..launch import launch, scalar
-from ..reduction import EACH, NOTHING, TOTAL, Segments, finish
-from .device import (
-    COLUMNS,
-    FIXED,
-    SCALAR,
-    ColumnsFlags,
-    ColumnsOut,
-    Factors,
-    Layer,
-    Posterior,
-    Rows,
-    RowsFactors,
-    RowsFlags,
-    RowsOut,
-    columns_kernel,
-    rows_kernel,
-)
-from .tiles import TILES, Dot, Tile, Tiles, dot_of, products_of, split_walk
+from ..op import op_of
+from ..reduction import EACH, FAMILIES, TOTAL, Sums, finish, partial
+from ..tile import Operand
+from .device import COLUMNS, FIXED, SCALAR, ColumnsOut, Factors, Flags, Layer, Posterior, RowsOut, columns_kernel, rows_kernel
+from .tiles import TILES, Tiles, dot_of, products_of, split_walk
 
 _F32 = torch.float32
+_NO_LATENT = LatentInputs(None, None)
+
+Outputs = tuple[Tensor | None, ...]
 
 
-class Sampled(NamedTuple):
-    """What h is sampled from, and the KL that comes with it."""
+def _run_nll(inputs: LinearInputs, spec: Linear, needs: Needs, grads: Gradients | None) -> tuple[Outputs, Gradients]:
+    work = _work(inputs, LinearElbo(spec, KL(), inputs.h.shape[0] // inputs.x.shape[0]), needs, grads)
+    (_, nll, _), of_rows, of_columns = _run(work)
+    return (nll,), (of_rows[0], *of_columns)
 
-    latent: LatentInputs  # with dense rows
-    needs: Needs  # of mu, logvar, prior_mu, prior_logvar
-    kl: KL
-    beta: Factor
+
+def _run_elbo(inputs: LinearElboInputs, spec: LinearElbo, needs: Needs, grads: Gradients | None) -> tuple[Outputs, Gradients]:
+    need_x, need_mu, need_logvar, *of_layer, need_prior_mu, need_prior_logvar = needs
+    z = None
+    if need_x or any(of_layer):
+        rows = (spec.num_samples or 1) * inputs.x.shape[0]
+        z = torch.empty(rows, inputs.weight.shape[1], dtype=inputs.mu.dtype, device=inputs.x.device)
+    if grads is not None and spec.linear.likelihood.keep and spec.num_samples is not None:
+        grads = (grads[0].repeat(spec.num_samples),)  # of each row of z
+    of_latent = need_mu, need_logvar, need_prior_mu, need_prior_logvar
+    work = _work(inputs.linear(z), spec, (False, need_x, *of_layer), grads, inputs.latent, of_latent)
+    outputs, (_, d_mu, d_logvar, *d_prior), (d_x, *d_layer) = _run(work)
+    return outputs if spec.return_terms else outputs[:1], (d_x, d_mu, d_logvar, *d_layer, *d_prior)
+
+
+linear_nll = op_of(_run_nll, early=lambda spec: spec.likelihood.keep == 0)
+linear_elbo = op_of(_run_elbo, early=lambda spec: spec.linear.likelihood.keep == 0)
 
 
 class Work(NamedTuple):
     """One call, as both kernels are told of it."""
 
     inputs: LinearInputs  # with dense rows; where h is sampled, it is what the columns want of z, or None
-    likelihood: Likelihood
+    spec: LinearElbo
     needs: Needs  # of h, x, weight, bias, variance
-    want_terms: bool
-    sampled: Sampled | None
+    wants_terms: bool
+    latent: LatentInputs  # with dense rows: what h is sampled from
+    of_latent: Needs  # of mu, logvar, prior_mu, prior_logvar
     samples: int
-    up: Tensor | None  # the upstream gradient of each row of h
-    gain: Factor  # or the one of them all
-    kind: tl.constexpr  # of the variance
+    layer: Layer
+    factors: Factors
+    flags: Flags  # those of both kernels
     tiles: Tiles
-    dot: Dot
-    padded: int  # the width of h, as a power of two
 
-
-class Terms(NamedTuple):
-    """Where `rows_kernel` puts the sums of the terms, and what is left to add up there."""
-
-    sink: tl.constexpr = NOTHING
-    nll: Tensor | None = None
-    kl: Tensor | None = None
-    of_nll: Tensor | None = None  # what the kernel writes: the results themselves, or their parts
-    of_kl: Tensor | None = None
-    nll_left: Segments | None = None
-    kl_left: Segments | None = None
+    @property
+    def is_sampled(self) -> bool:
+        return self.latent.mu is not None
 
 
 def _work(
-    inputs: LinearInputs, spec: Linear, needs: Needs, want_terms: bool, up: Tensor | None, samples: int,
-    sampled: Sampled | None = None,
+    inputs: LinearInputs, spec: LinearElbo, needs: Needs, grads: Gradients | None, latent: LatentInputs = _NO_LATENT,
+    of_latent: Needs = (False,) * 4,
 ) -> Work:  # fmt: skip
-    """`up` is the upstream gradient: one number, one for each row of h, or None for 1."""
-    h, x, weight, bias, variance = inputs
-    backend = launch_module.backend()
-    operands = torch.promote_types((sampled.latent.mu if sampled else h).dtype, weight.dtype)
-    products, padded = products_of(operands, spec.precision, backend), max(16, triton.next_power_of_2(weight.shape[1]))
-    dense = LinearInputs(
-        h if h is None or sampled else _dense_rows(h), _dense_rows(x), _dense_rows(weight),
-        bias if bias is None else bias.contiguous(), variance if variance is None else variance.contiguous(),
-    )  # fmt: skip
-    keep = spec.likelihood.keep
+    """The upstream gradient is one number, or one for each row of h."""
+    h, x, weight, bias, variance = inputs = LinearInputs(*map(_dense_rows, inputs))
+    likelihood, up = spec.linear.likelihood, None if grads is None else grads[0]
+    of_row, gain = (up, 1.0) if likelihood.keep else (None, 1.0 if up is None else up)
+    factors = *inverse_and_constant(likelihood, variance), likelihood.scale, gain, spec.kl.scale, spec.beta
+    inverse, constant, scale, gain, kl_scale, beta = (scalar(f, _F32, x.device) for f in factors)
+    backend, padded = launch_module.backend(), max(16, triton.next_power_of_2(weight.shape[1]))
+    operands = torch.promote_types((h if latent.mu is None else latent.mu).dtype, weight.dtype)
+    products = products_of(operands, spec.linear.precision, backend)
+    kind = FIXED if variance is None else SCALAR if variance.numel() == 1 else COLUMNS
+    eps = None if latent.eps is None else latent.eps.contiguous()
     return Work(
-        dense, spec.likelihood, needs, want_terms, sampled, samples, up if keep else None, 1.0 if up is None or keep else up,
-        FIXED if variance is None else SCALAR if variance.numel() == 1 else COLUMNS,
-        TILES[backend][products][padded], dot_of(products, backend), padded,
+        inputs, spec, needs, grads is None, LatentInputs(*map(_dense_rows, latent[:4]), None, eps, latent.seed), of_latent,
+        spec.num_samples or 1,
+        Layer(_rows(h), _rows(x), _rows(weight), bias, variance, _rows(of_row)),
+        Factors(inverse, scale, gain, constant, kl_scale, beta),
+        Flags(kind.value, *dot_of(products, backend), HP=padded),
+        TILES[backend][products][padded],
     )  # fmt: skip
 
 
-def _dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+def _dense_rows(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.ndim == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _rows(t: Tensor | None) -> Rows | None:
-    return None if t is None else Rows(t, t.stride(0))
+def _rows(t: Tensor | None) -> Operand | None:
+    return None if t is None else Operand(t, (t.stride(0),))
 
 
-def _layer(work: Work) -> Layer:
-    h, x, weight, bias, variance = work.inputs
-    return Layer(_rows(h), _rows(x), _rows(weight), bias, variance, _rows(work.up))
-
-
-def _factors(work: Work, *factors: Factor) -> list[Any]:
-    fixed = inverse_variance(work.likelihood.logvar) if work.inputs.variance is None else 1.0
-    return [scalar(f, _F32, work.inputs.x.device) for f in (fixed, work.likelihood.scale, work.gain, *factors)]
-
-
-# ---- the rows --------------------------------------------------------------------------------------------------------------------
-
-
-def _terms(work: Work, blocks: int, splits: int) -> Terms:
-    """For so many blocks of rows of x and parts of a walk."""
-    if not work.want_terms:
-        return Terms()
-    empty = functools.partial(torch.empty, dtype=_F32, device=work.inputs.x.device)
-    samples, batch, keep = work.samples, work.inputs.x.shape[0], work.likelihood.keep
-    # A row of x has the terms of all its samples. But rows of an h that is not sampled here are told apart.
-    kept, outer = (batch, samples) if work.sampled else (samples * batch, 1)
-    nll = empty(kept if keep else ())
-    of_nll, nll_left = nll, None
-    if not keep or splits * outer > 1:
-        of_nll = empty(samples * batch * splits if keep else samples * blocks * splits)
-        nll_left = Segments(of_nll, nll, *((outer, kept, splits) if keep else (1, 1, of_nll.numel())))
-    kl = of_kl = kl_left = None
-    if work.sampled:
-        kl = empty(batch if keep else ())
-        of_kl = kl if keep else empty(blocks)
-        kl_left = None if keep else Segments(of_kl, kl, 1, 1, blocks)
-    return Terms(EACH if keep else TOTAL, nll, kl, of_nll, of_kl, nll_left, kl_left)
-
-
-def _gradients_of_rows(work: Work, splits: int) -> Gradients:
-    """Buffers for the gradients of h, mu, logvar, prior_mu and prior_logvar, with a dimension of parts where there are several."""
-    h, x, weight, _, _ = work.inputs
-    samples, batch, width = work.samples, x.shape[0], weight.shape[1]
-    parts = functools.partial(torch.empty, (samples * splits, batch, width), dtype=_F32, device=x.device)
-    if work.sampled is None:
-        if not work.needs[0]:
-            return (None,) * 5
-        d_h = torch.empty(h.shape, dtype=h.dtype, device=x.device) if splits == 1 else parts().view(samples, splits, batch, width)
-        return d_h, *(None,) * 4
-    grads: list[Tensor | None] = [None]
-    for i, (t, need) in enumerate(zip(work.sampled.latent[:4], work.sampled.needs, strict=True)):
-        # The prior's have no parts: they are of the KL alone.
-        whole = samples * splits == 1 or i > 1
-        grads.append(None if not need else torch.empty(t.shape, dtype=t.dtype, device=x.device) if whole else parts())
-    return tuple(grads)
-
-
-def _launch_rows(work: Work) -> tuple[Terms, Gradients]:
-    """The terms, and the gradients of h, mu, logvar and the prior, which have parts where a walk is split."""
-    (batch, _), (cols, width) = work.inputs.x.shape, work.inputs.weight.shape
-    tile = work.tiles.sampled if work.sampled else work.tiles.rows
-    blocks = -(-batch // tile.own)
-    splits, walk = split_walk(work.samples * blocks, -(-cols // tile.step))
-    terms, grads = _terms(work, blocks, splits), _gradients_of_rows(work, splits)
-    noise, posterior, kl_factors = NO_NOISE, Posterior(*(None,) * 6), (1.0, 1.0)
-    if work.sampled:
-        latent = work.sampled.latent
-        eps = None if latent.eps is None else latent.eps.contiguous()
-        noise = GIVEN if eps is not None else ALIGNED if width % 4 == 0 else UNALIGNED
-        posterior = Posterior(*(_rows(t) for t in latent[:4]), eps, latent.seed)
-        kl_factors = work.sampled.kl.scale, work.sampled.beta
-    level = work.likelihood.logvar if work.inputs.variance is None else 0.0
-    constant = 0.5 * level + (0.5 * LOG_2PI if work.likelihood.full else 0.0)
-    slopes = any(g is not None for g in grads[:3])
-    flags = RowsFlags(work.kind.value, terms.sink.value, noise.value, slopes, *work.dot, BM=tile.own, BN=tile.step, HP=work.padded)
-    launch(
-        rows_kernel, work.samples * blocks * splits, work.inputs.x.device, batch, splits, walk, _layer(work), posterior,
-        RowsOut(terms.of_nll, terms.of_kl, *grads), cols, width, RowsFactors(*_factors(work, constant, *kl_factors)), flags,
-        tuned=tile.tuned,
-    )  # fmt: skip
-    return terms, grads
-
-
-# ---- the columns -----------------------------------------------------------------------------------------------------------------
-
-
-def _launch_columns(work: Work) -> tuple[Gradients, list[Segments]]:
-    """The gradients of x, weight (in parts where a walk is split), bias and variance, and what is left to add up of those two."""
-    _, x, weight, bias, variance = work.inputs
-    _, need_x, need_weight, need_bias, need_variance = work.needs
-    (batch, _), (cols, width) = x.shape, weight.shape
-    tile: Tile = work.tiles.columns
-    owners = -(-cols // tile.own)
-    splits, walk = split_walk(owners, -(-(batch if need_x else work.samples * batch) // tile.step))
-    empty = functools.partial(torch.empty, dtype=_F32, device=x.device)
-    d_x = d_weight = d_bias = d_variance = of_bias = of_variance = None
-    if need_x:
-        d_x = empty(x.shape, dtype=x.dtype)
-    if need_weight:
-        d_weight = empty((splits, cols, width)) if splits > 1 else empty((cols, width), dtype=weight.dtype)
-    if need_bias:
-        d_bias = empty(bias.shape, dtype=bias.dtype)
-        of_bias = Segments(empty((splits, cols)), d_bias, splits, cols, 1) if splits > 1 else None
-    if need_variance:
-        d_variance = empty(variance.shape, dtype=variance.dtype)
-        if work.kind is SCALAR:
-            of_variance = Segments(empty(owners * splits), d_variance, 1, 1, owners * splits)
-        elif splits > 1:
-            of_variance = Segments(empty((splits, cols)), d_variance, splits, cols, 1)
-    out = ColumnsOut(d_x, d_weight, *(d if s is None else s.parts for d, s in ((d_bias, of_bias), (d_variance, of_variance))))
-    flags = ColumnsFlags(work.kind.value, work.samples > 1, *work.dot, BM=tile.step, BN=tile.own, HP=work.padded)
-    launch(
-        columns_kernel, owners * splits, x.device, work.samples * batch, batch, splits, walk, _layer(work), out, cols, width,
-        Factors(*_factors(work)), flags, tuned=tile.tuned,
-    )  # fmt: skip
-    return (d_x, d_weight, d_bias, d_variance), [s for s in (of_variance, of_bias) if s is not None]
-
-
-# ---- both ------------------------------------------------------------------------------------------------------------------------
-
-
-class Result(NamedTuple):
-    nll: Tensor | None
-    kl: Tensor | None
-    loss: Tensor | None  # where h is sampled
-    of_rows: Gradients  # of h, mu, logvar, prior_mu, prior_logvar
-    of_columns: Gradients  # of x, weight, bias, variance
-
-
-def _run(work: Work) -> Result:
-    terms, of_rows, of_columns, left = Terms(), (None,) * 5, (None,) * 4, []
-    if work.needs[0] or work.want_terms or work.sampled:
-        terms, of_rows = _launch_rows(work)
+def _run(work: Work) -> tuple[Outputs, Gradients, Gradients]:
+    """(loss, nll, kl), and gradients: of h, mu, logvar, prior_mu, prior_logvar; and of x, weight, bias, variance."""
+    nll = kl = Sums()
+    of_rows, of_columns, left = (None,) * 5, (None,) * 4, []
+    if work.needs[0] or work.wants_terms or work.is_sampled:
+        nll, kl, of_rows = _launch_rows(work)
     if any(work.needs[1:]):
         of_columns, left = _launch_columns(work)
-    beta = work.sampled.beta if work.sampled else 1.0
-    loss = None if terms.kl_left is None else torch.empty((), dtype=_F32, device=work.inputs.x.device)
-    segments = [s for s in (terms.nll_left, terms.kl_left, *left) if s is not None]
-    # One launch adds up three families at most.
-    finish(_F32, *segments[:3], loss=loss, beta=beta)
-    finish(_F32, *segments[3:])
-    if loss is None and terms.kl is not None:
-        loss = terms.nll + beta * terms.kl
-    own = (work.inputs.h, *(work.sampled.latent[:4] if work.sampled else (None,) * 4))
+    left = [s for s in (nll, kl, *left) if s.is_partial]
+    loss = torch.empty((), dtype=_F32, device=work.inputs.x.device) if kl.is_partial else None
+    finish(_F32, *left[:FAMILIES], loss=loss, beta=work.spec.beta)
+    finish(_F32, *left[FAMILIES:])
+    if loss is None and kl.out is not None:
+        loss = nll.out + work.spec.beta * kl.out
+    own = work.inputs.h, *work.latent[:4]
     of_rows = tuple(_whole(g, t) for g, t in zip(of_rows, own, strict=True))
     d_x, d_weight, d_bias, d_variance = of_columns
-    return Result(terms.nll, terms.kl, loss, of_rows, (d_x, _whole(d_weight, work.inputs.weight), d_bias, d_variance))
+    return (loss, nll.out, kl.out), of_rows, (d_x, _whole(d_weight, work.inputs.weight), d_bias, d_variance)
 
 
 def _whole(parts: Tensor | None, of: Tensor | None) -> Tensor | None:
@@ -271,64 +131,75 @@ def _whole(parts: Tensor | None, of: Tensor | None) -> Tensor | None:
     return parts if parts is None or parts.ndim == 2 else parts.sum(-3).view(-1, parts.shape[-1]).to(of.dtype)
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------------------
+def _launch_rows(work: Work) -> tuple[Sums, Sums, Gradients]:
+    """The sums of the terms and of the KL; the gradients of h, mu, logvar and the prior, which have parts where a walk is split."""
+    (batch, cols), width, samples = work.inputs.x.shape, work.inputs.weight.shape[1], work.samples
+    tile = work.tiles.sampled if work.is_sampled else work.tiles.rows
+    blocks = -(-batch // tile.own)
+    splits, walk = split_walk(samples * blocks, -(-cols // tile.step))
+    nll = kl = Sums()
+    if work.wants_terms and work.is_sampled:
+        # A row of x has the terms of all its samples. But rows of an h that is not sampled here are told apart.
+        nll, kl = _sums(work, samples, batch, splits, blocks * samples * splits), _sums(work, 1, batch, 1, blocks)
+    elif work.wants_terms:
+        nll = _sums(work, 1, samples * batch, splits, blocks * samples * splits)
+    # A sample or a split of a walk has a part of each gradient, except the prior's, which are of the KL alone.
+    gradients = [
+        _gradient(t, need, batch, 1 if i > 2 else samples * splits)
+        for i, (t, need) in enumerate(zip((work.inputs.h, *work.latent[:4]), (work.needs[0], *work.of_latent), strict=True))
+    ]
+    mu, logvar, prior_mu, prior_logvar, _, eps, seed = work.latent
+    noise = NO_NOISE if mu is None else GIVEN if eps is not None else ALIGNED if width % 4 == 0 else UNALIGNED
+    flags = work.flags._replace(
+        BM=tile.own, BN=tile.step, TERMS=nll.sink.value, NOISE=noise.value, SLOPES=any(g is not None for g in gradients[:3])
+    )
+    args = (
+        batch, splits, walk, work.layer, Posterior(_rows(mu), _rows(logvar), _rows(prior_mu), _rows(prior_logvar), eps, seed),
+        RowsOut(nll.parts, kl.parts, *gradients), cols, width, work.factors, flags,
+    )  # fmt: skip
+    launch(rows_kernel, samples * blocks * splits, work.inputs.x.device, args, tile.tuned)
+    return nll, kl, tuple(gradients)
 
 
-def _linear_nll_forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], Gradients | None]:
-    early = spec.likelihood.keep == 0 and any(needs) and not has_float16(inputs)
-    samples = inputs.h.shape[0] // inputs.x.shape[0]
-    result = _run(_work(inputs, spec, needs if early else (False,) * 5, True, None, samples))
-    return (result.nll,), (result.of_rows[0], *result.of_columns) if early else None
+def _sums(work: Work, outer: int, kept: int, inner: int, programs: int) -> Sums:
+    """For a term of each kept row, which has (outer, inner) parts, or a total, of which each program has one."""
+    keep = work.spec.linear.likelihood.keep
+    out = torch.empty(kept if keep else (), dtype=_F32, device=work.inputs.x.device)
+    if not keep:
+        return partial(TOTAL, out, 1, 1, programs, _F32)
+    return Sums(EACH, out, out) if outer * inner == 1 else partial(EACH, out, outer, kept, inner, _F32)
 
 
-def _linear_nll_backward(
-    inputs: LinearInputs, spec: Linear, grad_outputs: Gradients, needs: Needs, kept: Gradients | None
-) -> Gradients:
-    (grad_output,) = grad_outputs
-    if kept is not None:
-        return scale_gradients(kept, grad_output)
-    samples = inputs.h.shape[0] // inputs.x.shape[0]
-    result = _run(_work(inputs, spec, needs, False, grad_output, samples))
-    return result.of_rows[0], *result.of_columns
+def _gradient(t: Tensor | None, need: bool, rows: int, parts: int) -> Tensor | None:
+    """A buffer for the gradient of t, with `parts` for each of `rows`; those of the same row of t are still to be added up."""
+    if not need:
+        return None
+    if parts * rows == t.shape[0]:
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    return torch.empty((t.shape[0] // rows, parts * rows // t.shape[0], rows, t.shape[1]), dtype=_F32, device=t.device)
 
 
-def _linear_elbo(
-    inputs: LinearElboInputs, spec: LinearElbo, needs: Needs, want_terms: bool, up: Tensor | None
-) -> tuple[Result, Gradients]:
-    """The result, and all gradients in the order of the inputs."""
-    need_x, need_mu, need_logvar, *of_layer, need_prior_mu, need_prior_logvar = needs
-    samples, batch = spec.num_samples or 1, inputs.x.shape[0]
-    latent = inputs.latent
-    latent = latent._replace(**{n: t if t is None else _dense_rows(t) for n, t in zip(latent._fields[:4], latent[:4], strict=True)})
-    sampled = Sampled(latent, (need_mu, need_logvar, need_prior_mu, need_prior_logvar), spec.kl, spec.beta)
-    z = None
-    if need_x or any(of_layer):
-        z = torch.empty(samples * batch, inputs.weight.shape[1], dtype=inputs.mu.dtype, device=inputs.x.device)
-    if up is not None and spec.linear.likelihood.keep and spec.num_samples is not None:
-        up = up.repeat(samples)  # of each row of z
-    work = _work(inputs.linear(z), spec.linear, (False, need_x, *of_layer), want_terms, up, samples, sampled)
-    result = _run(work)
-    (_, d_mu, d_logvar, *d_prior), (d_x, *d_layer) = result.of_rows, result.of_columns
-    return result, (d_x, d_mu, d_logvar, *d_layer, *d_prior)
+def _launch_columns(work: Work) -> tuple[Gradients, list[Sums]]:
+    """The gradients of x, weight (in parts where a walk is split), bias and variance, and how the last two are summed."""
+    _, x, weight, bias, variance = work.inputs
+    _, need_x, need_weight, need_bias, need_variance = work.needs
+    (batch, cols), width, rows, tile = x.shape, weight.shape[1], work.samples * x.shape[0], work.tiles.columns
+    owners = -(-cols // tile.own)
+    splits, walk = split_walk(owners, -(-(batch if need_x else rows) // tile.step))
 
+    def sums(of: Tensor, is_needed: bool, is_total: bool = False) -> Sums:
+        if not is_needed:
+            return Sums()
+        out = torch.empty(of.shape, dtype=of.dtype, device=x.device)
+        if is_total:
+            return partial(TOTAL, out, 1, 1, owners * splits, _F32)
+        return partial(EACH, out, splits, cols, 1, _F32) if splits > 1 else Sums(EACH, out, out)
 
-def _linear_elbo_forward(
-    inputs: LinearElboInputs, spec: LinearElbo, needs: Needs
-) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
-    early = spec.linear.likelihood.keep == 0 and any(needs) and not has_float16(inputs[: inputs.differentiable])
-    result, grads = _linear_elbo(inputs, spec, needs if early else (False,) * len(needs), True, None)
-    outputs = (result.loss, result.nll, result.kl) if spec.return_terms else (result.loss,)
-    return outputs, grads if early else None
-
-
-def _linear_elbo_backward(
-    inputs: LinearElboInputs, spec: LinearElbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None
-) -> Gradients:
-    grad_loss = grad_outputs[0]
-    if kept is not None:
-        return scale_gradients(kept, grad_loss)
-    return _linear_elbo(inputs, spec, needs, False, grad_loss)[1]
-
-
-linear_nll = Op(_linear_nll_forward, _linear_nll_backward)
-linear_elbo = Op(_linear_elbo_forward, _linear_elbo_backward)
+    d_x, d_weight = _gradient(x, need_x, batch, 1), _gradient(weight, need_weight, cols, splits)
+    of_bias, of_variance = sums(bias, need_bias), sums(variance, need_variance, variance is not None and variance.numel() == 1)
+    args = (
+        rows, batch, splits, walk, work.layer, ColumnsOut(d_x, d_weight, of_bias.parts, of_variance.parts), cols, width,
+        Factors(*work.factors[:3]), work.flags._replace(BM=tile.step, BN=tile.own, SHARED=work.samples > 1),
+    )  # fmt: skip
+    launch(columns_kernel, owners * splits, x.device, args, tile.tuned)
+    return (d_x, d_weight, of_bias.out, of_variance.out), [of_variance, of_bias]

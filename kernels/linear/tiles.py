@@ -51,34 +51,18 @@ class Tiles(NamedTuple):
 # By the kind of products and the width of h, padded: what fits in the registers of every target of `benchmarks/codegen.py` and in
 # 99 KiB of shared memory. Products of tf32x3 hold each operand in two parts; those of ieee are multiply-adds, which hold both
 # factors in registers. Sampling and the KL work on all of a block's mu and logvar at once.
-_HALF = Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)
-_TF32 = Tile(64, 32, 4, 3), Tile(64, 32, 8, 2)
-_WIDE = Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)
-_TF32X3 = Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)
-_AMD = Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)
-_OF_HALF = {
-    16: Tiles(*_HALF, _HALF[0]),
-    32: Tiles(*_HALF, _HALF[0]),
-    64: Tiles(*_HALF, Tile(64, 32, 8, 3)),
-    128: Tiles(*_HALF, Tile(32, 64, 8, 3)),
-}
-_OF_TF32 = {
-    16: Tiles(*_TF32, _TF32[0]),
-    32: Tiles(*_TF32, _TF32[0]),
-    64: Tiles(*_TF32, Tile(64, 32, 8, 2)),
-    128: Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2)),
-}
-_OF_AMD = dict.fromkeys((16, 32, 64, 128), Tiles(*_AMD, Tile(32, 32, 4, 2)))
-TILES: dict[str, dict[str, dict[int, Tiles]]] = {
-    "cuda": {
-        "bf16": _OF_HALF,
-        "fp16": _OF_TF32,
-        "tf32": _OF_TF32,
-        "tf32x3": dict.fromkeys((16, 32, 64), Tiles(*_TF32X3, _TF32X3[0]))
-        | {128: Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2))},
-        "ieee": dict.fromkeys((16, 32, 64), Tiles(*_WIDE, _WIDE[0]))
-        | {128: Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 2))},
-    },
+_HALF = Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3))
+_TF32 = Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 8, 2), Tile(64, 32, 4, 3))
+_OF_HALF = {16: _HALF, 32: _HALF, 64: _HALF._replace(sampled=Tile(64, 32, 8, 3)), 128: _HALF._replace(sampled=Tile(32, 64, 8, 3))}
+_OF_TF32 = {16: _TF32, 32: _TF32, 64: _TF32._replace(sampled=Tile(64, 32, 8, 2))}
+_OF_TF32[128] = Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2))
+_OF_TF32X3 = dict.fromkeys((16, 32, 64), Tiles(*[Tile(32, 32, 4, 2)] * 3))
+_OF_TF32X3[128] = Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 4, 2), Tile(16, 32, 4, 2))
+_OF_IEEE = dict.fromkeys((16, 32, 64), Tiles(*[Tile(64, 32, 8, 2)] * 3))
+_OF_IEEE[128] = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 2))
+_OF_AMD = dict.fromkeys((16, 32, 64, 128), Tiles(Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(32, 32, 4, 2)))
+TILES = {
+    "cuda": {"bf16": _OF_HALF, "fp16": _OF_TF32, "tf32": _OF_TF32, "tf32x3": _OF_TF32X3, "ieee": _OF_IEEE},
     "hip": {"bf16": _OF_AMD, "fp16": _OF_AMD, "ieee": _OF_AMD},
 }
 
@@ -94,22 +78,14 @@ def products_of(operands: torch.dtype, precision: str | None, backend: str) -> s
     return precision or _PRECISIONS[torch.get_float32_matmul_precision()]
 
 
-class Dot(NamedTuple):
-    """How the two products of a tile are taken: the one that makes the reconstruction, and the one that uses the residual up."""
-
-    operand: tl.dtype  # of the first
-    slope: tl.dtype  # of the second
-    precision: str  # `tl.dot`'s, of both
-
-
-def dot_of(products: str, backend: str) -> Dot:
-    """The dtypes of a kind of products.
+def dot_of(products: str, backend: str) -> tuple[tl.dtype, tl.dtype, str]:
+    """The two products of a tile: the dtypes of the one that makes the reconstruction and of the other, and `tl.dot`'s precision.
 
     A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
     """
     if products == "fp16":
-        return Dot(tl.float16, tl.float32, "ieee" if backend == "hip" else "tf32")
-    return Dot(tl.bfloat16, tl.bfloat16, "ieee") if products == "bf16" else Dot(tl.float32, tl.float32, products)
+        return tl.float16, tl.float32, "ieee" if backend == "hip" else "tf32"
+    return (tl.bfloat16, tl.bfloat16, "ieee") if products == "bf16" else (tl.float32, tl.float32, products)
 
 
 def split_walk(owners: int, tiles: int) -> tuple[int, int]:
