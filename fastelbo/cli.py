@@ -20,11 +20,8 @@ import fastelbo
 
 from . import backend
 
-# What a command imports when it runs: modules, and the names under which pip knows them.
-COMPARE_NEEDS = {"rich": "rich"}
-PLOT_NEEDS = {"matplotlib": "matplotlib"}
-DEMO_NEEDS = COMPARE_NEEDS | PLOT_NEEDS | {"sklearn": "scikit-learn"}
-TABLE_WIDTH = 100
+# The modules that the extras bring, and the names under which pip knows them.
+DEMO_NEEDS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
 class Refused(Exception):
@@ -32,19 +29,9 @@ class Refused(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        status: int = args.run(args)
-    except Refused as error:
-        print(f"fastelbo: {error}", file=sys.stderr)
-        return 2
-    return status
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fastelbo", description="The loss of a variational autoencoder as fused kernels.")
-    top.add_argument("--version", action="version", version=f"fastelbo {fastelbo.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="fastelbo", description="The loss of a variational autoencoder as fused kernels.")
+    parser.add_argument("--version", action="version", version=f"fastelbo {fastelbo.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train a small VAE on real digits with the usual loss and with fastelbo, and compare")
     demo.set_defaults(run=run_demo)
@@ -59,40 +46,39 @@ def parser() -> argparse.ArgumentParser:
     add = compare.add_argument
     add("--op", metavar="NAME", help="one function, or one way to call it such as gaussian_kl/prior (default all)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 or float64 (default all)")
-    shape = "shape of every tensor, batch first, such as 64,784 (default a few); of a linear layer that of x, as a matrix"
-    add("--shape", metavar="N,...", help=shape)
-    near = "of log-variances, less the prior's (default near the prior, wide, extreme)"
-    add("--logvar-range", nargs=2, type=float, metavar=("LO", "HI"), help=near)
+    add(
+        "--shape", metavar="N,...", help="of every tensor, batch first, such as 64,784 (default a few); of a linear layer that of x"
+    )
+    add("--logvar-range", nargs=2, type=float, metavar=("LO", "HI"), help="of log-variances, less the prior's (default three)")
     add("--seed", type=int, default=0, metavar="S", help="seed of inputs and upstream gradients (default 0)")
-    own = "your own tensors, a dict by argument name, as torch.save writes it"
-    add("--tensors", type=Path, metavar="FILE.pt", help=own)
+    add("--tensors", type=Path, metavar="FILE.pt", help="your own, a dict by argument name, as torch.save writes it")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw the errors against the log-variance")
 
     info = commands.add_parser("info", help="print versions, devices, and which backend serves what, and why")
     info.set_defaults(run=run_info)
     info.add_argument("--json", action="store_true", help="print JSON")
-    return top
+
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except Refused as error:
+        print(f"fastelbo: {error}", file=sys.stderr)
+        return 2
 
 
 def is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    return importlib.util.find_spec(module) is not None
 
 
-def need(modules: dict[str, str], what: str, extra: str) -> None:
-    missing = [name for module, name in modules.items() if not is_installed(module)]
+def need(what: str, extra: str, *modules: str) -> None:
+    missing = [DEMO_NEEDS[module] for module in modules if not is_installed(module)]
     if missing:
-        raise Refused(f'{what} {", ".join(missing)}: pip install "fastelbo[{extra}]"')
-
-
-# ---- demo ------------------------------------------------------------------------------------------------------------------------
+        raise Refused(f'{what} needs {", ".join(missing)}: pip install "fastelbo[{extra}]"')
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    need(DEMO_NEEDS, "the demo needs", "demo")
+    need("the demo", "demo", *DEMO_NEEDS)
     from . import demo
 
     try:
@@ -101,13 +87,10 @@ def run_demo(args: argparse.Namespace) -> int:
         raise Refused(error) from error
 
 
-# ---- compare ---------------------------------------------------------------------------------------------------------------------
-
-
 def run_compare(args: argparse.Namespace) -> int:
-    need(COMPARE_NEEDS, "compare needs", "cli")
+    need("compare", "cli", "rich")
     if args.plot:
-        need(PLOT_NEEDS, "--plot needs", "demo")
+        need("--plot", "demo", "matplotlib")
     from rich.console import Console
     from rich.progress import track
 
@@ -122,8 +105,7 @@ def run_compare(args: argparse.Namespace) -> int:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise Refused(str(error).splitlines()[0]) from error
 
-    console = Console(highlight=False)
-    console.width = max(console.width, TABLE_WIDTH)
+    console = Console(highlight=False, width=100)
     watched = track(cases, "comparing", console=console, transient=True, disable=not console.is_terminal)
     result = run(watched, args.seed)
     console.print(result)
@@ -160,47 +142,38 @@ def check_outputs(figures: Path | None, picture: Path | None) -> None:
             raise ValueError(f"cannot draw {picture}: its name must end in one of {', '.join(sorted(known))}")
 
 
-# ---- info ------------------------------------------------------------------------------------------------------------------------
-
-
 def run_info(args: argparse.Namespace) -> int:
     facts = collect()
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    show("versions", list(facts["versions"].items()))
-    show("devices", [(device["device"], describe(device)) for device in facts["devices"]])
-    show("which backend serves what, and why", [(row["calls"], row["backend"], row["why"]) for row in facts["backends"]])
+    # Plain text: this command needs no extra.
+    for name, version in facts["versions"].items():
+        print(f"{name:<10}{version}")
+    for device in facts["devices"]:
+        print(f"{device['device']:<10}{describe(device)}")
+    print("\nWhich backend serves what, and why:")
+    for row in facts["backends"]:
+        print(f"{row['calls']:<29}{row['backend']:<11}{row['why']}")
     return 0
-
-
-def show(title: str, rows: list[tuple[str, ...]]) -> None:
-    """A table in plain text, which needs no extra."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(title)
-    for row in rows:
-        print("", *(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), sep="  ")
 
 
 def collect() -> dict[str, Any]:
     """Everything that `fastelbo info` prints, as JSON can hold it."""
-    return {"versions": versions(), "devices": devices(), "backends": backends()}
-
-
-def versions() -> dict[str, str]:
     try:
         # From the metadata: importing triton takes a second and may fail where its driver does.
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU only"
-    return {
+    versions = {
         "fastelbo": fastelbo.__version__,
         "torch": f"{torch.__version__} ({built})",
         "triton": triton,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+    return {"versions": versions, "devices": devices(), "backends": backends()}
 
 
 def devices() -> list[dict[str, Any]]:
@@ -211,29 +184,11 @@ def devices() -> list[dict[str, Any]]:
         of = torch.cuda.get_device_properties(index)
         entry = {"device": f"cuda:{index}", "name": of.name, "memory_gib": round(of.total_memory / 2**30, 1)}
         if torch.version.hip:
-            entry["capability"] = getattr(of, "gcnArchName", "unknown")
+            entry["capability"] = of.gcnArchName
         else:
             entry |= {"capability": f"{of.major}.{of.minor}", "driver": nvidia_driver()}
         found.append(entry)
     return found
-
-
-def cpu_name() -> str:
-    described = Path("/proc/cpuinfo")  # Linux has it
-    for line in described.read_text().splitlines() if described.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def nvidia_driver() -> str:
-    # torch knows the CUDA version that the driver supports, not the driver's own.
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (nvidia-smi is missing or failed)"
-    return answer.split("\n")[0].strip() or "unknown"
 
 
 def describe(device: dict[str, Any]) -> str:
@@ -243,26 +198,44 @@ def describe(device: dict[str, Any]) -> str:
     return f"{device['name']}, {device['memory_gib']} GiB, capability {device['capability']}{driver}"
 
 
+def cpu_name() -> str:
+    linux = Path("/proc/cpuinfo")
+    for line in linux.read_text().splitlines() if linux.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def nvidia_driver() -> str:
+    """Torch knows the CUDA version that the driver supports, not the driver's own."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (nvidia-smi is missing or failed)"
+    return answer.split("\n")[0].strip() or "unknown"
+
+
 def backends() -> list[dict[str, str]]:
     """Which backend serves which calls, asked of `backend.choose` itself wherever it can be, and the reason."""
-    automatic = backend.DEFAULT == "auto"
-    rows: list[tuple[str, str, str]] = []
+    found: dict[str, tuple[str, str]] = {}
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        served, why = chosen(None, device)
-        # A trace cannot be entered from here; this is what `choose` does in one.
-        plain = served != "none" and backend.DEFAULT != "reference"
-        rows += [
-            (f"{device} tensors", served, why),
-            (f"{device} tensors, float64", served, why if served == "none" else "as above, in float64 throughout"),
-            (f"{device} tensors, torch.compile", *(("torch", "Inductor fuses plain expressions itself") if plain else (served, why))),
-            (f"{device} tensors, impl='triton'", *chosen("triton", device)),
-        ]
+        own = traced = chosen(None, device)
+        if backend.DEFAULT in backend.IMPLS and backend.DEFAULT != "reference":
+            # A trace cannot be entered from here; this is what `choose` does in one.
+            traced = "torch", "Inductor fuses plain expressions itself"
+        found[f"{device} tensors"] = found[f"{device} tensors, float64"] = own
+        found[f"{device} tensors, torch.compile"] = traced
+        found[f"{device} tensors, impl='triton'"] = chosen("triton", device)
+
+    where = "in Triton's interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "natively, on GPU tensors"
+    automatic = "Triton for GPU tensors, plain PyTorch otherwise"
     settings = {
-        "TRITON_INTERPRET": "kernels run in Triton's interpreter if it is 1, and are compiled for GPU tensors otherwise",
-        "FASTELBO_IMPL": "Triton for GPU tensors, plain PyTorch otherwise" if automatic else "the default of calls without impl=",
+        "TRITON_INTERPRET": f"kernels run {where}",
+        "FASTELBO_IMPL": automatic if backend.DEFAULT == "auto" else "the default of calls without impl=",
     }
-    rows += [(name, os.environ.get(name) or "unset", why) for name, why in settings.items()]
-    return [{"calls": calls, "backend": served, "why": why} for calls, served, why in rows]
+    found |= {name: (os.environ.get(name) or "unset", why) for name, why in settings.items()}
+    return [{"calls": calls, "backend": served, "why": why} for calls, (served, why) in found.items()]
 
 
 def chosen(impl: str | None, device: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.n
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peers without the minutes that compiling them takes; tests/test_compile.py has compiled numbers."""
+    """The peers without the minutes that compiling them takes; tests/contracts/test_compile.py has compiled numbers."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
 
 

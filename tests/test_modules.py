@@ -181,7 +181,7 @@ def test_a_training_step(backend: Backend) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-# ---- sgvb_loss: what tests/test_ops.py does not say ------------------------------------------------------------------------------
+# ---- sgvb_loss: what tests/test_estimators.py does not say -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import fastelbo
 from fastelbo import backend as chooser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- as it is written ------------------------------------------------------------------------------------------------------------
@@ -316,6 +315,12 @@ def test_a_default_changes_nothing(name: str, kind: str, call: Callable[..., Any
 # ---- in a new process: what is kept from a first call that was made inside must serve every later one ----------------------------
 
 
+# Each new process is a fork of one that has imported torch and fastelbo and called nothing, so that they are imported once.
+# The kernels, which a first call imports, are not among what it has imported.
+NEW_PROCESS = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+NEW_PROCESS.set_forkserver_preload(["fastelbo"])
+
+
 def first_calls(backend: Backend, where: str) -> None:
     for name, kind, call in CASES:
         try:
@@ -327,11 +332,5 @@ def first_calls(backend: Backend, where: str) -> None:
 @pytest.mark.parametrize("where", ENVIRONMENTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_call_of_a_process_may_be_made_inside(backend: Backend, where: str) -> None:
-    this = f"torch.device({backend.device.type!r})"
-    code = f"import torch, test_factories as t; t.first_calls(t.Backend({backend.impl!r}, {this}), {where!r})"
-    path = os.pathsep.join((str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with ProcessPoolExecutor(1, mp_context=NEW_PROCESS) as pool:
+        pool.submit(first_calls, backend, where).result(timeout=280)

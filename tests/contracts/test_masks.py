@@ -1,0 +1,72 @@
+"""Weights and masks: what they hide never shows, and a mean divides by their sum."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import CPU, OPS, PATTERNS, Backend, each_backend, leaves, make, run
+from settings import compare
+
+from fastelbo.eager import walk
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("kind", ["mask", "weight"])
+@pytest.mark.parametrize("pattern", ["element", "pixel", "sample", "dim"])
+@pytest.mark.parametrize("block", [16, 1 << 17])
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if "weight" in op.options])
+@each_backend
+def test_weight_hides(backend: Backend, name: str, block: int, pattern: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and inf under a weight of 0 change nothing: the result is that of any finite value there, and its gradient is 0."""
+    if backend.impl == "triton" and (block == 16 or (backend.device == CPU and pattern in ("sample", "dim"))):
+        pytest.skip("blocks are the plain-PyTorch backend's; the interpreter sees fewer cases")
+    monkeypatch.setattr(walk, "RUN", block)
+    op = OPS[name]
+    clean = make(op.names, "chunk1", "float32", 0)
+    clean |= make([kind], "chunk1", "float32", 1, **{kind: pattern})
+    clean[kind][0] = 0  # something is hidden, whatever was drawn
+    hidden = (clean[kind] == 0).expand(clean[op.names[0]].shape)
+    assert 0 < int(hidden.sum()) < hidden.numel()
+    # In elbo_loss the weight is the likelihood's; in the others it covers whatever there is, save z, which it does not concern.
+    covers = [
+        n for n in op.names if n != "eps" and not (name.startswith("elbo") and (n in ("mu", "logvar") or n.startswith("prior")))
+    ]
+    options = {"reduction": "none"} if name == "gaussian_nll" else {"reduction": "mean"}
+
+    def fast(v: dict[str, torch.Tensor]) -> Any:
+        out = op.fast(v, backend.impl, **options, weight=v[kind])
+        return out[1] if op.returns_z else out
+
+    wanted = [n for n in op.names if n != "eps"]
+    outs, grads = run(fast, leaves(clean, wanted, backend.device))
+    for bad in BAD:
+        inputs = leaves(clean, wanted, backend.device)
+        for n in covers:
+            inputs[n].data.masked_fill_(hidden.to(backend.device), bad)
+        outs_bad, grads_bad = run(fast, inputs)
+        for a, b in zip(outs, outs_bad, strict=True):
+            assert torch.equal(a, b), f"{bad} under the weight changed the result from {a} to {b}"
+        for n in wanted:
+            assert torch.equal(grads[n], grads_bad[n]), f"{bad} under the weight changed the gradient of {n}"
+            if n in covers:
+                assert not grads_bad[n].cpu()[hidden].any(), f"the gradient of {n} under a weight of 0 is not 0"
+        if bad is math.nan and block > 4:
+            twice = fast(inputs)
+            total = sum(o.sum() for o in twice) if isinstance(twice, tuple) else twice.sum()
+            firsts = torch.autograd.grad(total, [inputs[n] for n in wanted], create_graph=True)
+            seconds = torch.autograd.grad(sum((f * f).sum() for f in firsts), [inputs[n] for n in wanted], allow_unused=True)
+            for n, f, s in zip(wanted, firsts, seconds, strict=True):
+                torch.testing.assert_close(f.detach(), grads[n], rtol=1e-5, atol=1e-6)
+                assert s is None or bool(s.isfinite().all()), f"NaN reached the second derivative of {n}"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@each_backend
+def test_mean_divides_by_the_sum_of_the_weights(backend: Backend, pattern: str) -> None:
+    for name, kind in itertools.product(["gaussian_nll", "gaussian_kl", "elbo_loss"], ["mask", "weight"]):
+        compare(name, backend, "chunk1", "float32", {"reduction": "mean"}, weight=f"{kind}:{pattern}", seed=7)
