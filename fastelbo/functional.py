@@ -23,8 +23,6 @@ def reparameterised(
 ) -> tuple[Any, Any]:
     """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and logvar are the halves of moments."""
     chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
-    if chosen is backend.EAGER and not spec.want_kl and inputs.seed is None and packed is None:
-        chosen = None  # of a handful of operations nothing on a CPU is faster than the plain differentiable expression
     traced = torch.compiler.is_compiling()
     scale = spec.kl.scale
     if traced:
