@@ -21,6 +21,7 @@ import fastelbo
 from fastelbo import backend as chooser
 from fastelbo import reference
 from fastelbo.dtypes import LOG_2PI
+from fastelbo.numerics.tolerance import Truth, arithmetic_of, mismatch
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -268,55 +269,34 @@ def run(fn: Callable[[Values], Any], inputs: Values, upstream: Sequence[Tensor] 
 
 
 # Relative error of one rounding to the dtype, and half its smallest step.
-ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134), torch.float32: (2.0**-24, 2.0**-150)}
+ROUNDING = {t: (torch.finfo(t).eps / 2, torch.finfo(t).eps * torch.finfo(t).tiny / 2) for t in (*HALVES, torch.float32)}
 
 
 def assert_close(
     actual: Tensor | None, expected: Tensor, what: str, *, dtype: torch.dtype | None = None, scale: float | Tensor | None = None,
     rtol: float | None = None, acc: torch.dtype | None = None, truncates: bool = False,
 ) -> None:  # fmt: skip
-    """Compare with the float64 truth: `rtol` of (value + `scale`) for the arithmetic, done in `acc`, and a rounding to the dtype.
+    """Hold a result to the float64 truth by the library's rule, with an rtol ten times as strict as that of `fastelbo.verify`.
 
-    `scale` is the size of what was added up; the largest value by default.
+    The size of an element is its value and `scale`, the size of what was added up; the largest value by default. The arithmetic is
+    done in `acc`; a result in another dtype is rounded to it once, by half a unit, or a whole one where bfloat16 is cut off.
     """
     assert actual is not None, f"{what}: nothing came back"
-    assert tuple(actual.shape) == tuple(expected.shape), f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    if dtype is not None:
-        assert actual.dtype == dtype, f"{what}: {actual.dtype}, not {dtype}"
-    got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
-    nan = want.isnan()
-    assert torch.equal(got.isnan(), nan), f"{what}: NaN at {got.isnan().nonzero().tolist()}, expected at {nan.nonzero().tolist()}"
-    infinite = want.isinf()
-    finite = ~(nan | infinite)
-    largest = torch.finfo(actual.dtype).max
-    if not bool(finite.any()):
-        assert torch.equal(got[infinite], want[infinite]), f"{what}: {got} is not {want}"
-        return
-    if acc is None:
-        acc = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    if rtol is None:
-        rtol = 1e-12 if acc == torch.float64 else 2e-6
-    size = want[finite].abs()
-    base = (
-        size.max() if scale is None else scale.double().cpu()[finite] if isinstance(scale, Tensor) and scale.ndim else float(scale)
-    )
-    bound = rtol * (size + base) + torch.finfo(acc).tiny
-    if actual.dtype != acc:
-        relative, step = ROUNDING[actual.dtype]
-        bound = bound + (1 + (truncates and actual.dtype == torch.bfloat16)) * (1.01 * relative * size + step)
-    error = (got[finite] - want[finite]).abs()
-    # Rounding may carry the largest values over; infinities must be equal otherwise.
-    error = torch.where(got[finite].isinf() & (size > 0.99 * largest), 0.0, error)
-    assert torch.equal(got[infinite], want[infinite]), f"{what}: infinities differ"
-    worst = int((error - bound).argmax())
-    assert bool((error <= bound).all()), (
-        f"{what}: {int((error > bound).sum())} of {error.numel()} values are off, the worst {got[finite][worst]:.9g} for "
-        f"{want[finite][worst]:.9g}, an error of {error[worst]:.3g} where {bound[worst]:.3g} is allowed"
-    )
+    value = expected.detach().double().cpu()
+    acc = arithmetic_of([actual.dtype]) if acc is None else acc
+    rtol = (1e-12 if acc == torch.float64 else 2e-6) if rtol is None else rtol
+    roundings = 0.0 if actual.dtype == acc else 1.0 if truncates and actual.dtype == torch.bfloat16 else 0.5
+    finite = value[value.isfinite()].abs()
+    scale = (finite.max() if len(finite) else 0.0) if scale is None else scale
+    size = value.abs() + torch.as_tensor(scale, dtype=torch.float64, device=CPU)
+    truth = Truth(value, size, actual.dtype if dtype is None else dtype, torch.finfo(acc).tiny)
+    wrong = mismatch(what, actual, truth, rtol, roundings)
+    assert wrong is None, wrong
+    assert torch.equal(actual.detach().cpu().isnan(), value.isnan()), f"{what}: NaN must be NaN, where the rule takes inf too"
 
 
 def accumulated(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return arithmetic_of([t.dtype for t in tensors])
 
 
 # Inputs that may broadcast, so that their gradient is a sum.
@@ -324,7 +304,7 @@ SHARED = ("logvar", "std", "var", "recon_logvar", "prior_mu", "prior_logvar")
 
 
 def upstream_for(outs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """Upstream gradients that differ by row; 1 for a scalar (what its gradient means elsewhere is tests/test_autograd.py's)."""
+    """Upstream gradients that differ by row; 1 for a scalar (tests/contracts/test_autograd.py has other ones)."""
     generator = torch.Generator().manual_seed(seed)
     ups = [torch.randn(o.shape, generator=generator) if o.ndim else torch.ones(()) for o in outs]
     return [u.to(o.dtype).double() for u, o in zip(ups, outs, strict=True)]
@@ -349,7 +329,7 @@ def check(
         upstream = upstream_for([w.detach().to(d) for w, d in zip(want, out_dtypes, strict=True)])
     outs, grads = run(fast, mine, [u.to(device) for u in upstream])
     want, want_grads = run(slow, truth, upstream)
-    # The size of the shares of a gradient that is summed to its input's shape: what they are when the input is not shared.
+    # The size of a gradient that is summed to its input's shape is that of its shares: what it is when the input is not shared.
     own = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in truth.items()}
     for i, (out, w, dtype) in enumerate(zip(outs, want, out_dtypes, strict=True)):
         # A sample is computed from mu and logvar alone, whatever the prior's dtype.

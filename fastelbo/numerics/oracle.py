@@ -1,22 +1,21 @@
 """The float64 truth of every output and gradient of an op, with the size of each element.
 
-The **size** of an element is the sum of the magnitudes of the terms that are added to give it. Where the terms have one sign it is
-the element itself. Where they cancel, the element says nothing about the error: the slope of a log-variance, (1 - d^2 / s^2) / 2,
-is 0 wherever the variance fits, and there a single correct rounding is off by any multiple of the result. The size of a gradient
-adds the magnitudes of the gradients of single terms and elements, before a shared input sums them. So the equations of
-`fastelbo.reference` stand here taken apart into terms: of forms that do not cancel without need, so that a KL near its prior, whose
-usual formula subtracts numbers of size 1, is held to its own size.
+The **size** of an element is the sum of the magnitudes of the terms that are added to give it. Where they cancel, the element says
+nothing about the error: the slope of a log-variance, (1 - d^2 / s^2) / 2, is 0 wherever the variance fits, and there a single
+correct rounding is off by any multiple of the result. The size of a gradient adds the magnitudes of the gradients of single terms
+and elements, before a shared input sums them. So the equations of `fastelbo.reference` stand here taken apart into terms: of forms
+that do not cancel without need, so that a KL near its prior is held to its own size, and not to that of the numbers of size 1 which
+its usual formula subtracts.
 
-Across a linear layer, and over several samples of one posterior, there are sums inside a term, which cancel too. There sizes come
-from a second pass, through the same expressions of magnitudes, in which nothing cancels: a residual's size is that of x, of the
-bias and of every product, and the size of what the residual enters follows. (Products of magnitudes, written out for each
-gradient, would give the same sizes. They would also be a second definition of each op, which has to be kept right by hand.)
+Across a linear layer, and over several samples of one posterior, sums inside a term cancel too. There sizes come from a second
+pass through the same expressions, of magnitudes: a residual's size is that of x, of the bias and of every product, and the size of
+what the residual enters follows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,9 +29,6 @@ from ..reference import present
 from ..specs import KL, Gradients, Likelihood, Needs
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
 
-Terms = list[Tensor]
-Clamp = tuple[float, float] | None
-
 OUTPUTS = {
     "gaussian_nll": ("nll",),
     "latent": ("z", "kl"),
@@ -41,15 +37,15 @@ OUTPUTS = {
     "linear_nll": ("nll",),
     "linear_elbo": ("loss", "nll", "kl"),
 }
+LAYERS = (specs.LinearInputs, specs.LinearElboInputs)
 
 # ---- quantities per element, as their terms --------------------------------------------------------------------------------------
 
 
-def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> Terms:
+def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
     recon, x, variance, weight = inputs
-    if variance is None:
-        variance = torch.full((), spec.logvar, dtype=recon.dtype, device=recon.device)
-    recon, x, variance = present(weight, recon, x, variance.expand(recon.shape))
+    variance = torch.full_like(recon, spec.logvar) if variance is None else variance.expand(recon.shape)
+    recon, x, variance = present(weight, recon, x, variance)
     if weight is not None and spec.parameter != "logvar":
         variance = torch.where(weight == 0, 1.0, variance)
     if spec.parameter == "logvar":
@@ -66,13 +62,12 @@ def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> Terms:
     return terms if weight is None else [t * weight for t in terms]
 
 
-def kl_terms(inputs: specs.LatentInputs, spec: KL) -> Terms:
+def kl_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     """Two that are never negative; e^v - 1 - v by its Taylor series, to the last bit for |v| < 1/2, where it would cancel."""
-    mu, logvar, prior_mu, prior_logvar, weight, *_ = inputs
-    zero = torch.zeros_like(mu)
-    prior = zero if prior_mu is None else prior_mu, zero if prior_logvar is None else prior_logvar
-    mu, logvar, prior_mu, prior_logvar = present(weight, mu, logvar, *prior)
-    v = clamped(logvar, spec.clamp) - prior_logvar
+    mu, logvar, *prior, weight, _, _ = inputs
+    prior_mu, prior_logvar = (torch.zeros_like(mu) if p is None else p for p in prior)
+    mu, logvar, prior_mu, prior_logvar = present(weight, mu, logvar, prior_mu, prior_logvar)
+    v = _clamped(logvar, spec) - prior_logvar
     small = v.clamp(-0.5, 0.5)
     series = torch.zeros_like(v)
     for k in range(19, 1, -1):
@@ -82,92 +77,70 @@ def kl_terms(inputs: specs.LatentInputs, spec: KL) -> Terms:
     return terms if weight is None else [t * weight for t in terms]
 
 
-def sample_terms(inputs: specs.LatentInputs, clamp: Clamp) -> Terms:
+def sample_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     assert inputs.eps is not None
-    return [inputs.mu.expand(inputs.eps.shape), torch.exp(0.5 * clamped(inputs.logvar, clamp)) * inputs.eps]
+    return [inputs.mu.expand(inputs.eps.shape), torch.exp(0.5 * _clamped(inputs.logvar, spec)) * inputs.eps]
 
 
-def clamped(logvar: Tensor, clamp: Clamp) -> Tensor:
-    return logvar if clamp is None else torch.clamp(logvar, *clamp)
-
-
-def decoded(inputs: specs.LinearInputs) -> specs.NLLInputs:
-    """The reconstruction of each row of h, beside its row of x."""
+def layer_terms(inputs: specs.LinearInputs, spec: Likelihood) -> list[Tensor]:
+    """Of the reconstruction of each row of h, beside its row of x."""
     h, x, weight, bias, variance = inputs
-    recon = h @ weight.T
-    recon = recon if bias is None else recon + bias
-    if recon.shape[0] != x.shape[0]:
-        x = x.expand(recon.shape[0] // x.shape[0], *x.shape).flatten(0, 1)
-    return specs.NLLInputs(recon, x, variance, None)
+    recon = h @ weight.T if bias is None else h @ weight.T + bias
+    x = x.expand(len(h) // max(len(x), 1), *x.shape).flatten(0, 1)
+    return nll_terms(specs.NLLInputs(recon, x, variance, None), spec)
+
+
+def decoded_terms(inputs: specs.LinearElboInputs, spec: Likelihood, z: Tensor | None = None) -> list[Tensor]:
+    """Of all samples of a row together. They have the value of z, with the gradient of what it was made from."""
+    h = torch.add(*sample_terms(inputs.latent, KL()))
+    h = h if z is None else h + (z - h).detach()
+    each = layer_terms(inputs.linear(h.flatten(0, -2)), spec)
+    return [t.unflatten(0, h.shape[:-1]).transpose(0, -2) for t in each]
+
+
+def _clamped(logvar: Tensor, spec: KL) -> Tensor:
+    return logvar if spec.clamp is None else torch.clamp(logvar, *spec.clamp)
 
 
 # ---- what each output adds up ----------------------------------------------------------------------------------------------------
 
 
 class Term(NamedTuple):
-    each: Tensor  # per element
+    """What each element adds to an output, times `factor`; the output sums it over all except the first `keep` dimensions."""
+
+    each: Tensor
     size: Tensor  # the same of magnitudes; `each` itself where nothing cancels inside
+    keep: int
     factor: Any
 
 
-class Sum(NamedTuple):
-    """An output: terms, summed over all except the first `keep` dimensions."""
-
-    keep: int
-    terms: list[Term]
-
-    @classmethod
-    def of(cls, spec: Likelihood | KL, each: Terms, sizes: Terms | None = None) -> Sum:
-        return cls(spec.keep, [Term(*pair, spec.scale) for pair in zip(each, sizes or each, strict=True)])
+Terms = list[Term]
 
 
-Sums = list[Sum | None]
+def _terms(spec: Likelihood | KL, each: list[Tensor], sizes: list[Tensor] | None = None) -> Terms:
+    return [Term(*pair, spec.keep, spec.scale) for pair in zip(each, sizes or each, strict=True)]
 
 
-def _latent(v: specs.LatentInputs, sizes: specs.LatentInputs, spec: specs.Latent) -> Sums:
-    z = None
-    if v.eps is not None:
-        z = Sum.of(KL(keep=v.eps.ndim), sample_terms(v, spec.kl.clamp), sample_terms(sizes, spec.kl.clamp))
-    return [z, Sum.of(spec.kl, kl_terms(v, spec.kl)) if spec.want_kl else None]
-
-
-def _elbo_terms(v: specs.ElboInputs, sizes: specs.ElboInputs, spec: specs.Elbo) -> Sums:
-    return [Sum.of(spec.likelihood, nll_terms(v.nll, spec.likelihood)), Sum.of(spec.kl, kl_terms(v.latent, spec.kl))]
-
-
-def _linear_nll(v: specs.LinearInputs, sizes: specs.LinearInputs, spec: specs.Linear) -> Sums:
-    each, magnitudes = (nll_terms(decoded(inputs), spec.likelihood) for inputs in (v, sizes))
-    return [Sum.of(spec.likelihood, each, magnitudes)]
-
-
-def _linear_elbo(v: specs.LinearElboInputs, sizes: specs.LinearElboInputs, spec: specs.LinearElbo, z: Tensor) -> Sums:
-    likelihood, terms = spec.linear.likelihood, []
-    for inputs in (v, sizes):
-        h = torch.add(*sample_terms(inputs.latent, None))
-        h = h + (z - h).detach() if inputs is v else h  # z's value, with the gradient of what it was made from
-        each = nll_terms(decoded(inputs.linear(h if spec.num_samples is None else h.flatten(0, 1))), likelihood)
-        if likelihood.keep and spec.num_samples is not None:  # all samples of a row are added up too
-            each = [t.unflatten(0, z.shape[:2]).transpose(0, 1) for t in each]
-        terms.append(each)
-    return _loss([Sum.of(likelihood, *terms), Sum.of(spec.kl, kl_terms(v.latent, spec.kl))], spec)
-
-
-def _loss(terms: Sums, spec: specs.Elbo | specs.LinearElbo) -> Sums:
-    nll, kl = terms
-    assert nll is not None
-    assert kl is not None
-    loss = Sum(nll.keep, [*nll.terms, *(t._replace(factor=t.factor * spec.beta) for t in kl.terms)])
+def terms_of(op: str, v: Any, sizes: Any, spec: Any, z: Tensor | None) -> list[Terms | None]:
+    """Of each output, for inputs and their magnitudes; None where the op returns none."""
+    if op == "gaussian_nll":
+        return [_terms(spec, nll_terms(v, spec))]
+    if op == "linear_nll":
+        return [_terms(spec.likelihood, *(layer_terms(inputs, spec.likelihood) for inputs in (v, sizes)))]
+    if op == "latent":
+        sample = None if v.eps is None else KL(keep=v.eps.ndim)
+        z_terms = sample and _terms(sample, sample_terms(v, spec.kl), sample_terms(sizes, spec.kl))
+        return [z_terms, _terms(spec.kl, kl_terms(v, spec.kl)) if spec.want_kl else None]
+    kl = _terms(spec.kl, kl_terms(v.latent, spec.kl))
+    if op == "linear_elbo":
+        likelihood = spec.linear.likelihood
+        nll = _terms(likelihood, decoded_terms(v, likelihood, z), decoded_terms(sizes, likelihood))
+    else:
+        nll = _terms(spec.likelihood, nll_terms(v.nll, spec.likelihood))
+    if op == "elbo_terms":
+        return [nll, kl]
+    loss = [*nll, *(t._replace(factor=t.factor * spec.beta) for t in kl)]
     return [loss, nll, kl] if spec.return_terms else [loss]
-
-
-_SUMS: dict[str, Callable[..., Sums]] = {
-    "gaussian_nll": lambda v, _, spec: [Sum.of(spec, nll_terms(v, spec))],
-    "latent": _latent,
-    "elbo": lambda v, sizes, spec: _loss(_elbo_terms(v, sizes, spec), spec),
-    "elbo_terms": _elbo_terms,
-    "linear_nll": _linear_nll,
-    "linear_elbo": _linear_elbo,
-}
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------------------
@@ -190,72 +163,71 @@ class Oracle:
         self.acc = arithmetic_of(self.dtypes[: inputs.differentiable])
         seeded = getattr(inputs, "seed", None) is not None
         self.operands = rounding_of_operands(op, self.dtypes, spec, seeded)
+        kl = getattr(spec, "kl", None)
+        if kl is not None and kl.clamp is not None:
+            # As the backends hold it: a float32 logvar that was clamped before lies on its edge, not outside.
+            edges = torch.tensor(kl.clamp, dtype=self.acc, device="cpu").tolist()
+            spec = spec._replace(kl=kl._replace(clamp=tuple(edges)))
         with _apart():
             if seeded:
                 inputs = inputs._replace(eps=sample_noise(inputs.mu, inputs.seed, spec.num_samples), seed=None)
-            self.inputs, self.spec = _broadcast(_copied(inputs)), _with_edges(_copied(spec), self.acc)
-            self.z = () if op != "linear_elbo" else (self._sample() if z is None else widened(z),)
+            self.inputs, self.spec, self.z = _broadcast(_copied(inputs)), _copied(spec), _copied(z)
+            if op == "linear_elbo" and z is None:
+                self.z = torch.add(*sample_terms(self.inputs.latent, KL()))
+                self.z = self.z if self.dtypes.mu == self.acc else self.z.to(self.dtypes.mu).double()
 
     def values(self) -> list[Truth | None]:
         """Of each output; None where the op returns none."""
         dtypes = {"z": getattr(self.dtypes, "mu", self.acc)}
         if self.op == "linear_elbo":
             dtypes |= {"nll": arithmetic_of_layer(self.dtypes), "kl": arithmetic_of(self.dtypes.latent[:4])}
-
-        def truth(name: str, total: Sum) -> Truth:
-            dtype = dtypes.get(name, self.acc)
-            return Truth(*_added(total), dtype, self._underflow(dtype), self.operands.get(name, 0.0))
-
+        found: list[Truth | None] = []
         with _apart(), torch.no_grad():
-            named = zip(OUTPUTS[self.op], self._sums(self.inputs, _magnitudes(self.inputs)), strict=False)
-            return [None if total is None else truth(name, total) for name, total in named]
+            outputs = terms_of(self.op, self.inputs, _magnitudes(self.inputs), self.spec, self.z)
+            for name, terms in zip(OUTPUTS[self.op], outputs, strict=False):
+                if terms is None:
+                    found.append(None)
+                    continue
+                value = torch.stack([t.factor * _sum(t.each, t.keep) for t in terms]).sum(0)
+                size = torch.stack([abs(t.factor) * _sum(t.size.abs(), t.keep) for t in terms]).sum(0)
+                found.append(self._truth(name, value, size, dtypes.get(name, self.acc)))
+        return found
 
     def gradients(self, grad_outputs: Gradients) -> list[Truth | None] | None:
         """Of each differentiable input that needs one; None if an upstream gradient is not finite, and there is no truth."""
+        asked = [i for i, need in enumerate(self.needs) if need]
         with _apart():
-            v, sizes = (self._leaves(inputs) for inputs in (self.inputs, _magnitudes(self.inputs)))
-            pairs = zip(self._sums(v, sizes), grad_outputs, strict=True)
-            terms = [(term, up) for total, up in pairs if total is not None and up is not None for term in total.terms]
-            rated = [(term, widened(up) * term.factor) for term, up in terms]
+            v, sizes = (
+                inputs._make(t.detach().requires_grad_() if i in asked else t for i, t in enumerate(inputs))
+                for inputs in (self.inputs, _magnitudes(self.inputs))
+            )
+            pairs = zip(terms_of(self.op, v, sizes, self.spec, self.z), grad_outputs, strict=True)
+            rated = [(t, widened(up) * t.factor) for terms, up in pairs if up is not None for t in terms or ()]
             if not all(bool(rate.isfinite().all()) for _, rate in rated):
                 return None
-            asked = [i for i, need in enumerate(self.needs) if need]
             slopes, steepness = ([torch.zeros_like(v[i]) for i in asked] for _ in range(2))
             for term, rate in rated:
                 shares = _differentiate(term.each, [v[i] for i in asked], rate)
                 most = shares if term.size is term.each else _differentiate(term.size, [sizes[i] for i in asked], rate.abs())
-                slopes = [slope + share for slope, share in zip(slopes, shares, strict=True)]
-                steepness = [full + share.abs() for full, share in zip(steepness, most, strict=True)]
-            rate = max([1.0, *(float(torch.linalg.vector_norm(rate)) for _, rate in rated)])
+                for k, (share, full) in enumerate(zip(shares, most, strict=True)):
+                    slopes[k] += share
+                    steepness[k] += full.abs()
             found: list[Truth | None] = [None] * len(self.needs)
+            rate = max([1.0, *(float(torch.linalg.vector_norm(rate)) for _, rate in rated)])
             for i, slope, size in zip(asked, slopes, steepness, strict=True):
-                name, shape, dtype = v._fields[i], self.shapes[i], self.dtypes[i]
-                underflow, operands = rate * self._underflow(dtype) + self._steps_of_z(name), self.operands.get(name, 0.0)
-                found[i] = Truth(slope.sum_to_size(shape), size.sum_to_size(shape), dtype, underflow, operands)
+                slope, size = (t.sum_to_size(self.shapes[i]) for t in (slope, size))
+                found[i] = self._truth(v._fields[i], slope, size, self.dtypes[i], rate)
             return found
 
-    def _sums(self, v: Any, sizes: Any) -> Sums:
-        return _SUMS[self.op](v, sizes, self.spec, *self.z)
-
-    def _leaves(self, inputs: Any) -> Any:
-        needs = self.needs + (False,) * (len(inputs) - len(self.needs))
-        return inputs._make(t.detach().requires_grad_() if need else t for t, need in zip(inputs, needs, strict=True))
-
-    def _sample(self) -> Tensor:
-        z: Tensor = torch.add(*sample_terms(self.inputs.latent, None))
-        return z.to(self.dtypes.mu).to(z.dtype) if self.dtypes.mu != self.acc else z
-
-    def _underflow(self, dtype: torch.dtype) -> float:
-        """The smallest normal number of the arithmetic, for each number that is added."""
-        return torch.finfo(arithmetic_of([dtype])).tiny * max(t.numel() for t in self.inputs if t is not None)
-
-    def _steps_of_z(self, name: str) -> float:
-        """What z's gradient in half precision loses on its way to a gradient: its dtype's smallest step for each sample."""
-        if self.op != "linear_elbo" or name not in ("mu", "logvar") or not self.inputs.eps.numel():
-            return 0.0
-        info, (_, spread) = torch.finfo(self.dtypes.mu), sample_terms(self.inputs.latent, None)
-        each = torch.ones_like(spread) if name == "mu" else 0.5 * spread.abs()
-        return info.eps * info.tiny * float((each if self.spec.num_samples is None else each.sum(0)).max())
+    def _truth(self, name: str, value: Tensor, size: Tensor, dtype: torch.dtype, rate: float = 1.0) -> Truth:
+        # What may vanish is the smallest normal number of the arithmetic, for each number that is added.
+        underflow = rate * torch.finfo(arithmetic_of([dtype])).tiny * max(t.numel() for t in self.inputs if t is not None)
+        if self.op == "linear_elbo" and name in ("mu", "logvar") and self.inputs.eps.numel():
+            # And of z's gradient in half precision, on its way to this one, its dtype's smallest step for each sample.
+            info, (_, spread) = torch.finfo(self.dtypes.mu), sample_terms(self.inputs.latent, KL())
+            each = torch.ones_like(spread) if name == "mu" else 0.5 * spread.abs()
+            underflow += info.eps * info.tiny * float((each if self.spec.num_samples is None else each.sum(0)).max())
+        return Truth(value, size, dtype, underflow, self.operands.get(name, 0.0))
 
 
 @contextmanager
@@ -277,43 +249,22 @@ def _copied(value: Any) -> Any:
 
 def _broadcast(inputs: Any) -> Any:
     """With variance, weight and prior in the shape of what they broadcast to, so that each element has terms of its own."""
-    if isinstance(inputs, (specs.LinearInputs, specs.LinearElboInputs)):
+    if isinstance(inputs, LAYERS):
         return inputs  # where sums are inside the terms anyway
-    given: dict[str, Any] = {n: getattr(inputs, n, None) for n in ("variance", "weight", "prior_mu", "prior_logvar")}
-    like = {name: inputs.mu if "prior" in name else inputs[0] for name, t in given.items() if t is not None}
-    return inputs._replace(**{name: given[name].expand(of.shape) for name, of in like.items()})
-
-
-def _with_edges(spec: Any, acc: torch.dtype) -> Any:
-    """With the clamp as the backends hold it: a float32 logvar that was clamped before lies on its edge, not outside."""
-    kl = getattr(spec, "kl", None)
-    if kl is None or kl.clamp is None:
-        return spec
-    return spec._replace(kl=kl._replace(clamp=tuple(torch.tensor(kl.clamp, dtype=acc, device="cpu").tolist())))
+    names = ("variance", "weight", "prior_mu", "prior_logvar")
+    given = {name: t for name, t in inputs._asdict().items() if name in names and t is not None}
+    return inputs._replace(**{name: t.expand_as(inputs.mu if "prior" in name else inputs[0]) for name, t in given.items()})
 
 
 def _magnitudes(inputs: Any) -> Any:
     """Of inputs inside whose terms there are sums, with the sign that lets x add to its residual. Log-variances stay."""
-    of_layer = isinstance(inputs, (specs.LinearInputs, specs.LinearElboInputs))
-    kept = ("logvar", "variance", "prior_mu", "prior_logvar")
-
-    def magnitude(name: str, t: Tensor | None) -> Tensor | None:
-        if t is None or name in kept or not (of_layer or name == "eps"):
-            return t
-        return -t.abs() if name == "x" else t.abs()
-
-    return inputs._make(magnitude(*pair) for pair in zip(inputs._fields, inputs, strict=True))
+    names = ("h", "x", "mu", "weight", "bias", "eps") if isinstance(inputs, LAYERS) else ("eps",)
+    given = {name: t.abs() for name, t in inputs._asdict().items() if name in names and t is not None}
+    return inputs._replace(**{name: -t if name == "x" else t for name, t in given.items()})
 
 
-def _added(total: Sum) -> tuple[Tensor, Tensor]:
-    """The sum of the terms, and that of their magnitudes."""
-
-    def add(each: Tensor) -> Tensor:
-        return each.flatten(total.keep).sum(-1) if each.ndim > total.keep else each
-
-    pairs = [(term.factor * add(term.each), abs(term.factor) * add(term.size.abs())) for term in total.terms]
-    value, size = (torch.stack(parts).sum(0) for parts in zip(*pairs, strict=True))
-    return value, size
+def _sum(each: Tensor, keep: int) -> Tensor:
+    return each.flatten(keep).sum(-1) if each.ndim > keep else each
 
 
 def _differentiate(each: Tensor, inputs: Sequence[Tensor], rate: Tensor) -> Sequence[Tensor]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .tolerance import LUCK, ORACLE_SLACK, SLACK
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
 
 TOLD = 10  # failures that are printed
 
@@ -88,8 +85,20 @@ class Row:
     worst: Worst
     profile: list[tuple[float, float, float]]  # log-variance, and the largest fused and eager error about there, in ulp
 
-
-# ---- the verdict, in words and in a table ---------------------------------------------------------------------------------------
+    def __str__(self) -> str:
+        """The row and its worst element, in a line."""
+        w, fused = self.worst, self.fused
+        where = f"logvar in {list(self.logvar_range)}" if self.logvar_range else "your tensors"
+        off = f"{fused.max_ulp:.3g} ulp at most, {fused.mean_ulp:.3g} in the mean"
+        if fused.lost:
+            off = f"{fused.lost} of {self.elements} lost to inf or NaN" + (f", {off}" if fused.lost < self.elements else "")
+        at = f"element {list(w.index)}" if w.index else "the value"
+        inputs = "".join(f", {name} {value:.9g}" for name, value in w.inputs.items())
+        return (
+            f"{self.op}, {self.result}, {self.dtype} on {self.backend}, shape {self.shape}, {where}: {off}, where "
+            f"{self.allowed_max_ulp:.3g} and {self.allowed_mean_ulp:.3g} are allowed. Worst, {at}: {w.fused:.9g} for "
+            f"{w.exact:.9g}, off by {w.fused_ulp:.3g} ulp; eager {w.eager:.9g}, off by {w.eager_ulp:.3g}{inputs}"
+        )
 
 
 @dataclass(frozen=True)
@@ -114,95 +123,71 @@ class Comparison:
         rows = [{key: value for key, value in asdict(row).items() if key != "profile"} for row in self.rows]
         bound = {"luck": LUCK, "slack_ulp": SLACK, "oracle_slack_ulp": ORACLE_SLACK, "words": BOUND}
         facts = {"torch": torch.__version__, "seed": self.seed, "bound": bound, "ok": self.ok, "rows": rows}
-        return json.dumps(_without_inf(facts), allow_nan=False)
+        # Python's own reader is told of each inf and NaN that Python's own writer lets pass.
+        return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda name: str(float(name))), allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.rows)} results, seed {self.seed}. {BOUND}"]
-        if self.ok:
+        lines, failures = [f"{len(self.rows)} results, seed {self.seed}. {BOUND}"], self.failures
+        if not failures:
             return "\n".join([*lines, "All are within it."])
-        worst: dict[tuple[str, ...], Row] = {}
-        for row in self.failures:
-            worst.setdefault((row.backend, row.op, row.result), row)
-        told = [_tell(row) for row in worst.values()]
+        told = [str(rows[0]) for rows in _grouped(failures, attrgetter("backend", "op", "result")).values()]
         more = [f"and {len(told) - TOLD} more kinds"] if len(told) > TOLD else []
-        return "\n".join([*lines, f"{len(self.failures)} are NOT within it. The worst of each kind:", *told[:TOLD], *more])
+        return "\n".join([*lines, f"{len(failures)} are NOT within it. The worst of each kind:", *told[:TOLD], *more])
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> Any:
         from rich.console import Group
 
-        kinds = dict.fromkeys((row.backend, row.device, row.dtype) for row in self.rows)
-        return Group(*(_table(kind, [r for r in self.rows if (r.backend, r.device, r.dtype) == kind]) for kind in kinds))
+        kinds = _grouped(self.rows, attrgetter("dtype", "backend", "device"))
+        return Group(*(_table("{}, backend {}, {}".format(*kind), rows) for kind, rows in kinds.items()))
 
 
-def _without_inf(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_inf(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_inf(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
-def _tell(row: Row) -> str:
-    """A failure and its worst element, in a line."""
-    w = row.worst
-    where = f"logvar in {list(row.logvar_range)}" if row.logvar_range else "your tensors"
-    inputs = "".join(f", {name} {value:.9g}" for name, value in w.inputs.items())
-    off = f"{row.fused.max_ulp:.3g} ulp at most, {row.fused.mean_ulp:.3g} in the mean"
-    if row.fused.lost:
-        off = f"{row.fused.lost} of {row.elements} lost to inf or NaN" + (f", {off}" if row.fused.lost < row.elements else "")
-    at = f"element {list(w.index)}" if w.index else "the value"
-    return (
-        f"{row.op}, {row.result}, {row.dtype} on {row.backend}, shape {row.shape}, {where}: {off}, where {row.allowed_max_ulp:.3g} "
-        f"and {row.allowed_mean_ulp:.3g} are allowed. Worst, {at}: {w.fused:.9g} for {w.exact:.9g}, off by {w.fused_ulp:.3g} ulp; "
-        f"eager {w.eager:.9g}, off by {w.eager_ulp:.3g}{inputs}"
-    )
-
-
-def _digits(x: float) -> str:
-    """Two digits, in three characters if it may be."""
-    return f"{x:.1f}" if x < 9.95 else f"{x:.0f}" if x < 999.5 else _power(x)
-
-
-def _power(x: float) -> str:
-    mantissa, _, exponent = f"{x:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-
-
-def _largest(found: Iterable[float]) -> float:
-    """The largest that is a number; of elements that are all lost there is none."""
-    return max((x for x in found if not math.isnan(x)), default=math.inf)
-
-
-def _table(kind: tuple[str, str, str], rows: list[Row]) -> Table:
+def _table(kind: str, rows: list[Row]) -> Any:
     """A line for each result: the largest among its cases of the largest error, of the 99th percentile and of the mean."""
     from rich import box
     from rich.table import Table
 
-    name, device, dtype = kind
-    title = f"{dtype}, backend {name}, {device}: largest error, 99th percentile and mean, in ulp"
+    title = f"{kind}: largest error, 99th percentile and mean, in ulp"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     heads = {"fused": "fused", "eager": "eager", "widened": "eager float32", "library": "torch's own"}
-    shown = {key: head for key, head in heads.items() if any(getattr(row, key) for row in rows)}
-    for head in ("", *shown.values(), "relative:\nfused eager"):
+    shown = [key for key in heads if any(getattr(row, key) for row in rows)]
+    for head in ("", *(heads[key] for key in shown), "relative:\nfused eager"):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
 
-    for op in dict.fromkeys(row.op for row in rows):
+    for op, of_op in _grouped(rows, attrgetter("op")).items():
         table.add_row(op, style="cyan")
-        for result in dict.fromkeys(row.result for row in rows if row.op == op):
-            cases = [row for row in rows if (row.op, row.result) == (op, result)]
+        for result, cases in _grouped(of_op, attrgetter("result")).items():
             of = {key: [e for row in cases if (e := getattr(row, key)) is not None] for key in shown}
-            cells = [_cell(of[key]) for key in shown]
-            relative = " ".join(_power(_largest(e.max_relative for e in of[key])) for key in ("fused", "eager"))
-            table.add_row(f"  {result}", *cells, relative, style=None if all(row.ok for row in cases) else "bold red")
+            relative = " ".join(_power(_largest(of[key]).max_relative) for key in ("fused", "eager"))
+            style = None if all(row.ok for row in cases) else "bold red"
+            table.add_row(f"  {result}", *(_cell(of[key]) for key in shown), relative, style=style)
     return table
 
 
+def _largest(found: list[Errors]) -> Errors:
+    """Of each figure the largest that is a number; of elements that are all lost there is none, which counts as inf."""
+    return Errors(*np.nan_to_num(np.fmax.reduce([astuple(e) for e in found]), nan=math.inf, posinf=math.inf))
+
+
 def _cell(found: list[Errors]) -> str:
+    """The largest figures, each in three characters if it may be."""
     if not found:
         return ""
-    largest = math.inf if any(e.lost for e in found) else max(e.max_ulp for e in found)
-    p99, average = _largest(e.p99_ulp for e in found), _largest(e.mean_ulp for e in found)
-    return f"{_digits(largest)} {_digits(p99):>3} {_digits(average):>3}"
+    of = _largest(found)
+    figures = (math.inf if of.lost else of.max_ulp, of.p99_ulp, of.mean_ulp)
+    first, *others = (f"{x:.1f}" if x < 9.95 else f"{x:.0f}" if x < 999.5 else _power(x) for x in figures)
+    return " ".join([first, *(f"{text:>3}" for text in others)])
+
+
+def _power(x: float) -> str:
+    mantissa, *exponent = f"{x:.0e}".split("e")
+    return "e".join([mantissa, *(str(int(n)) for n in exponent)])
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -213,26 +198,20 @@ def plot(rows: list[Row], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.profile]
-    if not rows:
+    panels = _grouped((row for row in rows if row.profile), lambda row: (row.op.split("/")[0], row.dtype))
+    if not panels:
         raise ValueError("nothing to plot: no result that was compared has an element for each log-variance")
-    panels: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for row in rows:
-        panels.setdefault((row.op.split("/")[0], row.dtype), []).extend(row.profile)
-    functions, dtypes = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
-
-    ink, grey, accent = "#222222", "#9a9a9a", "#d1495b"
-    lowest, highest = 0.1, 1e9
+    functions, dtypes = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    ink, lowest, highest = "#222222", 0.1, 1e9
     figure: Any = Figure(figsize=(1.2 + 3.1 * len(dtypes), 1.2 + 1.6 * len(functions)), dpi=110, layout="constrained")
     figure.suptitle("Largest errors of values and gradients against the log-variance (less the prior's)", fontsize=10, color=ink)
     grid = figure.subplots(len(functions), len(dtypes), sharex=True, sharey=True, squeeze=False)
-    for (function, dtype), points in panels.items():
+    for (function, dtype), cases in panels.items():
         axis = grid[functions.index(function), dtypes.index(dtype)]
-        at = [p[0] for p in points]
-        for column, colour, size, label in ((2, grey, 5, "eager"), (1, accent, 3, "fused")):
+        at, fused, eager = np.concatenate([row.profile for row in cases]).T
+        for errors, colour, size, label in ((eager, "#9a9a9a", 5, "eager"), (fused, "#d1495b", 3, "fused")):
             # No error and an infinite one have no place on a logarithmic axis: they are drawn on its edges.
-            heights = [min(max(p[column], lowest), highest) for p in points]
-            axis.plot(at, heights, ".", color=colour, markersize=size, markeredgewidth=0, label=label)
+            axis.plot(at, errors.clip(lowest, highest), ".", color=colour, markersize=size, markeredgewidth=0, label=label)
         axis.set_xscale("symlog", linthresh=0.01, linscale=0.5)
         axis.set(yscale="log", ylim=(lowest / 2, highest * 2), xticks=[-10, -0.1, 0, 0.1, 10], yticks=[1, 1e3, 1e6])
         axis.minorticks_off()

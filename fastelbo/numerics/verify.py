@@ -6,16 +6,17 @@ answers with a backend whose ops run the chosen one's and compare what they retu
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ from torch import Tensor
 from .. import backend
 from ..specs import Backend, Gradients, Needs, Op
 from .oracle import OUTPUTS, Oracle
-from .tolerance import Truth, mismatch, shown
-
-__all__ = ["NumericsMismatch", "verify"]
+from .tolerance import Truth, mismatch, shown_fields
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+UNUSED = "this fastelbo.verify was never entered and checked nothing: use it in a `with` statement or as a decorator"
 
 
 class NumericsMismatch(AssertionError):
@@ -37,23 +37,19 @@ class NumericsMismatch(AssertionError):
     """
 
 
-# ---- the context -----------------------------------------------------------------------------------------------------------------
-
 _lock = threading.Lock()
 _active: list[verify] = []
 
 
-class verify:
+class verify(ContextDecorator):
     """Check fused calls against the float64 oracle, forward and backward: for the first day in a training loop.
 
         with fastelbo.verify(every=100) as report:
             train()
         print(report)
 
-    It decorates functions too, each call of which then runs inside the context:
-
-        @fastelbo.verify(every=100)
-        def training_step(batch): ...
+    It decorates functions too (`@fastelbo.verify(every=100)`), each call of which then runs inside the context. An instance that is
+    neither entered nor decorates a function says so in a UserWarning when it is collected or Python exits.
 
     A call is one that reaches a backend, in eager mode and on whichever thread: the context is the whole process's. The backward of
     a checked call is checked too, even after the context was left. Contexts nest, and each counts for itself.
@@ -64,9 +60,6 @@ class verify:
     forward pass makes the gradients, as that of `elbo_loss` does, keeps a copy until its first backward hands them over: that is
     where they are compared, multiplied by the upstream gradient, as the caller gets them.
 
-    An instance that is neither entered nor decorates a function checks nothing. It says so in a UserWarning when it is
-    collected, or at the interpreter's exit.
-
     Args:
         every: N >= 1. Of each N consecutive calls one is checked: of the first N the first, of the next the second, and so on. (A
             fixed step of 100 would only ever meet one of the two calls that a training step makes.)
@@ -76,8 +69,7 @@ class verify:
             each result that differs.
 
     Attributes:
-        calls: Fused calls inside the context.
-        checked: Those whose values were compared.
+        calls, checked: Fused calls inside the context, and those whose values were compared.
         backwards: Backward passes whose gradients were compared.
         mismatches: Results, of either, that differ.
 
@@ -90,17 +82,16 @@ class verify:
             raise TypeError(f"every must be an int, got {type(every).__name__}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if rtol is not None:
-            if isinstance(rtol, bool) or not isinstance(rtol, (int, float)):
-                raise TypeError(f"rtol must be a number or None, got {type(rtol).__name__}")
-            if not 0 <= rtol < math.inf:
-                raise ValueError(f"rtol must be finite and not negative, got {rtol}")
+        if rtol is not None and (isinstance(rtol, bool) or not isinstance(rtol, (int, float))):
+            raise TypeError(f"rtol must be a number or None, got {type(rtol).__name__}")
+        if rtol is not None and not 0 <= rtol < math.inf:
+            raise ValueError(f"rtol must be finite and not negative, got {rtol}")
         if on_mismatch not in ("raise", "warn"):
             raise ValueError(f"on_mismatch must be 'raise' or 'warn', got {on_mismatch!r}")
         self.every, self.rtol, self.on_mismatch = every, rtol, on_mismatch
         self.calls = self.checked = self.backwards = self.mismatches = 0
-        caller = sys._getframe(1)
-        self._unused = weakref.finalize(self, _warn_of_no_use, caller.f_code.co_filename, caller.f_lineno)
+        code = sys._getframe(1)
+        self._unused = weakref.finalize(self, warnings.warn_explicit, UNUSED, UserWarning, code.f_code.co_filename, code.f_lineno)
 
     def __enter__(self) -> verify:
         self._unused.detach()
@@ -109,7 +100,7 @@ class verify:
             backend.watcher = _watch
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         # Not whichever is last: contexts of several threads need not be left in the order of their entry.
         with _lock:
             _active.remove(self)
@@ -123,39 +114,19 @@ class verify:
             # The body runs after the call has returned, outside the context.
             raise TypeError(f"verify cannot decorate {function.__name__}, which runs in pieces: use `with` inside it")
         self._unused.detach()
-
-        @functools.wraps(function)
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return inside  # type: ignore[return-value]
+        return super().__call__(function)
 
     def __repr__(self) -> str:
         settings = f"every={self.every}, rtol={self.rtol}, on_mismatch={self.on_mismatch!r}"
         counts = ", ".join(f"{getattr(self, name)} {name}" for name in ("calls", "checked", "backwards", "mismatches"))
         return f"<fastelbo.verify({settings}): {counts}>"
 
-    def _is_due(self) -> bool:
+    def _count(self, what: str) -> int:
+        """How many there were before."""
         with _lock:
-            block, place = divmod(self.calls, self.every)
-            self.calls += 1
-        return block % self.every == place
-
-    def _count(self, what: str) -> None:
-        with _lock:
-            setattr(self, what, getattr(self, what) + 1)
-
-    def _report(self, message: str) -> None:
-        self._count("mismatches")
-        if self.on_mismatch == "raise":
-            raise NumericsMismatch(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _warn_of_no_use(filename: str, line: int) -> None:
-    message = "this fastelbo.verify was never entered and checked nothing: use it in a `with` statement or as a decorator"
-    warnings.warn_explicit(message, UserWarning, filename, line)
+            before: int = getattr(self, what)
+            setattr(self, what, before + 1)
+        return before
 
 
 def _watch(chosen: Backend) -> Backend:
@@ -166,9 +137,10 @@ def _watch(chosen: Backend) -> Backend:
     if caller.startswith("_"):
         return chosen  # an operator of a compiled function, which was traced
     for context in tuple(_active):
-        if context._is_due():
-            checked = [_Checked(context, caller, chosen.name, *named) for named in zip(OUTPUTS, served[1:], strict=True)]
-            served = Backend(chosen.name, *(Op(op.forward, op.backward) for op in checked))
+        block, place = divmod(context._count("calls"), context.every)
+        if block % context.every == place:
+            ops = (_Checked(context, caller, chosen.name, name, op) for name, op in zip(OUTPUTS, served[1:], strict=True))
+            served = Backend(chosen.name, *(Op(op.forward, op.backward) for op in ops))
     return served
 
 
@@ -183,79 +155,55 @@ def _caller() -> str:
     return name
 
 
-# ---- an op of a checked call -----------------------------------------------------------------------------------------------------
-
-
-class _Kept(NamedTuple):
-    """What a forward pass kept, and what the gradients in it are held to."""
-
-    own: Any
-    oracle: Oracle
-
-
+@dataclass(eq=False)
 class _Checked:
     """An op for one fused call, which checks what the real one returns."""
 
-    def __init__(self, context: verify, caller: str, backend_name: str, name: str, op: Op) -> None:
-        self._context, self._caller, self._by, self._name, self._op = context, caller, backend_name, name, op
-        self._spec: Any = None  # of the forward pass, if it ran here: backward is held to it, whatever it is given
+    context: verify
+    caller: str
+    by: str
+    name: str
+    op: Op
+    spec: Any = None  # of the forward pass, if it ran here: backward is held to it, whatever it is given
+    ready: Oracle | None = None  # what the gradients are held to that the forward pass made, until they are handed over
 
     def forward(self, inputs: Any, spec: Any, needs: Needs) -> tuple[tuple[Tensor | None, ...], Any]:
-        outputs, kept = self._op.forward(inputs, spec, needs)
-        self._spec, oracle = spec, Oracle(self._name, inputs, spec, needs)
-        self._context._count("checked")
-        call = [*zip(inputs._fields, inputs, strict=True), ("spec", spec), ("needs", needs)]
-        self._compare("forward", call, zip(OUTPUTS[self._name], outputs, oracle.values(), strict=False))
-        return outputs, _Kept(kept, oracle) if _holds_tensors(kept) else kept
+        outputs, kept = self.op.forward(inputs, spec, needs)
+        oracle = Oracle(self.name, inputs, spec, needs)
+        self.spec, self.ready = spec, oracle if _holds_tensors(kept) else None
+        self.context._count("checked")
+        self._compare("forward", {**inputs._asdict(), "spec": spec, "needs": needs}, OUTPUTS[self.name], outputs, oracle.values())
+        return outputs, kept
 
-    def backward(
-        self, inputs: Any, spec: Any, grad_outputs: Gradients, needs: Needs, kept: Any, out: tuple[Tensor, Tensor] | None = None
-    ) -> Gradients:
-        ready = isinstance(kept, _Kept)
-        memory = {} if out is None else {"out": out}
-        gradients = self._op.backward(inputs, spec, grad_outputs, needs, kept.own if ready else kept, **memory)
-        held_to = spec if self._spec is None else self._spec
-        oracle = kept.oracle if ready else Oracle(self._name, inputs, held_to, needs)
-        truths = oracle.gradients(grad_outputs)
+    def backward(self, inputs: Any, spec: Any, grad_outputs: Gradients, needs: Needs, kept: Any, **memory: Any) -> Gradients:
+        gradients = self.op.backward(inputs, spec, grad_outputs, needs, kept, **memory)
+        held_to = spec if self.spec is None else self.spec
+        ready, self.ready = self.ready if kept is not None else None, None
+        truths = (ready or Oracle(self.name, inputs, held_to, needs)).gradients(grad_outputs)
         if truths is not None:
-            self._context._count("backwards")
-            ups = ((f"grad_{name}", up) for name, up in zip(OUTPUTS[self._name], grad_outputs, strict=False))
-            call = [*zip(inputs._fields, inputs, strict=True), ("spec", spec), *ups, ("needs", needs)]
-            # What counts for a caller's own memory is what lies there.
-            got = gradients if out is None else (*out, *gradients[2:])
-            names = (f"the gradient of {_argument(inputs, held_to, field)}" for field in inputs._fields)
-            self._compare("backward", call, zip(names, got, truths, strict=False), roundings=2 if ready else 1)
+            self.context._count("backwards")
+            # What counts for a caller's own memory is what lies there. The variance has the name of the public functions' argument.
+            got = (*memory.get("out", gradients[:2]), *gradients[2:])
+            variance = "recon_logvar" if hasattr(inputs, "mu") else getattr(held_to, "likelihood", held_to).parameter
+            names = [f"the gradient of {variance if field == 'variance' else field}" for field in inputs._fields]
+            ups = {f"grad_{name}": up for name, up in zip(OUTPUTS[self.name], grad_outputs, strict=False)}
+            given = {**inputs._asdict(), "spec": spec, **ups, "needs": needs}
+            self._compare("backward", given, names, got, truths, roundings=1 if ready is None else 2)
         return gradients
 
     def _compare(
-        self, step: str, call: Iterable[tuple[str, Any]], results: Iterable[tuple[str, Tensor | None, Truth | None]],
+        self, step: str, given: dict[str, Any], names: Sequence[str], results: Gradients, truths: Sequence[Truth | None],
         roundings: int = 1,
     ) -> None:  # fmt: skip
-        for name, got, truth in results:
-            wrong = None if truth is None else mismatch(name, got, truth, self._context.rtol, roundings)
+        for name, got, truth in zip(names, results, truths, strict=False):
+            wrong = None if truth is None else mismatch(name, got, truth, self.context.rtol, roundings)
             if wrong is not None:
-                self._context._report(f"{self._caller}: {wrong}; by {self._by}, {self._name}.{step}({_told(call)})")
+                self.context._count("mismatches")
+                message = f"{self.caller}: {wrong}; by {self.by}, {self.name}.{step}({shown_fields(given)})"
+                if self.context.on_mismatch == "raise":
+                    raise NumericsMismatch(message)
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _holds_tensors(kept: Any) -> bool:
-    return any(map(_holds_tensors, kept)) if isinstance(kept, (tuple, list)) else isinstance(kept, (Tensor, Oracle))
-
-
-def _argument(inputs: Any, spec: Any, field: str) -> str:
-    """What the public functions call a field of the inputs."""
-    if field != "variance":
-        return field
-    return "recon_logvar" if hasattr(inputs, "mu") else str(getattr(spec, "likelihood", spec).parameter)
-
-
-# ---- a call, for messages --------------------------------------------------------------------------------------------------------
-
-
-def _told(given: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{name} {_shown(value)}" for name, value in given if value is not None)
-
-
-def _shown(value: Any) -> str:
-    if hasattr(value, "_fields"):
-        return f"{type(value).__name__}({_told(zip(value._fields, value, strict=True))})"
-    return shown(value) if isinstance(value, Tensor) else repr(value)
+    return any(map(_holds_tensors, kept)) if isinstance(kept, (tuple, list)) else isinstance(kept, Tensor)
