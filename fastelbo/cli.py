@@ -160,20 +160,23 @@ def run_info(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything that `fastelbo info` prints, as JSON can hold it."""
+    return {"versions": versions(), "devices": devices(), "backends": backends()}
+
+
+def versions() -> dict[str, str]:
     try:
         # From the metadata: importing triton takes a second and may fail where its driver does.
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU only"
-    versions = {
+    return {
         "fastelbo": fastelbo.__version__,
         "torch": f"{torch.__version__} ({built})",
         "triton": triton,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    return {"versions": versions, "devices": devices(), "backends": backends()}
 
 
 def devices() -> list[dict[str, Any]]:
