@@ -43,10 +43,8 @@ def variance(name: str, parameter: str, value: float | Tensor | None, recon: Ten
     return None, "logvar", float(value) if parameter == "logvar" else math.log(value) * factor
 
 
-def prior(name: str, value: float | Tensor | None, mu: Tensor) -> Tensor | None:
+def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     """A prior's parameter in mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
-    if value is None:
-        return None
     checks.prior(name, value, mu)
     if isinstance(value, NUMBER):
         if torch.compiler.is_compiling():

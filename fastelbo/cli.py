@@ -187,7 +187,7 @@ def devices() -> list[dict[str, Any]]:
         of = torch.cuda.get_device_properties(index)
         entry = {"device": f"cuda:{index}", "name": of.name, "memory_gib": round(of.total_memory / 2**30, 1)}
         if torch.version.hip:
-            entry["capability"] = of.gcnArchName
+            entry["capability"] = getattr(of, "gcnArchName", "unknown")
         else:
             entry |= {"capability": f"{of.major}.{of.minor}", "driver": nvidia_driver()}
         found.append(entry)

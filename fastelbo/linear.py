@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, autograd, backend, checks, composed
 from .dtypes import accumulate_dtype
-from .functional import reparameterised
+from .functional import posterior, reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
 from .tracing import one_node
 
@@ -260,7 +260,7 @@ def linear_elbo_loss(
         raise ValueError(
             f"mu has shape {checks.shape_of(mu)}, expected (batch, latents) = {(x.shape[0], weight.shape[1])} by x and weight"
         )
-    prior = arguments.prior("prior_mu", prior_mu, mu), arguments.prior("prior_logvar", prior_logvar, mu)
+    prior = posterior(mu, logvar, prior_mu, prior_logvar, None)[2:4]
     keep = checks.kept_dims(reduction, 1, 2)
     noise = arguments.noise(mu, num_samples, eps, seed, generator)
     inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *noise)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dtypes import LOG_2PI, accumulate_dtype, widen
+from .dtypes import LOG_2PI, accumulate_dtype
 from .noise import sample_noise
 from .specs import (
     KL,
@@ -123,8 +123,8 @@ def sample(inputs: LatentInputs, clamp: tuple[float, float] | None, num_samples:
     if eps is None:
         return None
     acc = accumulate_dtype(mu, logvar)
-    wide = widen(logvar, acc) if clamp is None else torch.clamp(widen(logvar, acc), *clamp)
-    return widen(reparameterize(widen(mu, acc), wide, widen(eps, acc)), mu.dtype)
+    wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
+    return reparameterize(mu.to(acc), wide, eps.to(acc)).to(mu.dtype)
 
 
 # ---- the ops: what `specs.Backend` lists, with the same outputs ------------------------------------------------------------------

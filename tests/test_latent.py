@@ -27,7 +27,8 @@ from cases import (
 )
 
 import fastelbo
-from fastelbo.eager import walk
+from fastelbo import specs
+from fastelbo.eager import latent, walk
 from fastelbo.noise import philox_normal
 
 # ---- priors and the clamp --------------------------------------------------------------------------------------------------------
@@ -255,3 +256,19 @@ def test_backward_does_not_take_the_noise_from_z(backend: Backend) -> None:
     (g,) = torch.autograd.grad(z.sum(), logvar)
     want = 0.5 * math.exp(-4) * fastelbo.noise.philox_normal((2, 16), 4).double()
     assert_close(g, want, "gradient", truncates=backend.truncates)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_what_the_cpu_keeps_for_backward(seeded: bool, kl: bool) -> None:
+    """What the gradients are multiples of, each of mu's size; nothing where backward can draw the noise again."""
+    mu, logvar, eps = torch.randn(3, 4, 5).unbind()
+    inputs = specs.LatentInputs(mu, logvar, eps=None if seeded else eps, seed=torch.tensor(7) if seeded else None)
+    _, kept = latent.OP.forward(inputs, specs.Latent(want_kl=kl), (True, True, False, False))
+    if seeded:
+        assert kept is None
+        return
+    want = {"spread": torch.exp(0.5 * logvar) * eps} | ({"p": mu, "expm1": torch.expm1(logvar)} if kl else {})
+    assert {name for name, t in kept._asdict().items() if t is not None} == set(want)
+    for name, t in want.items():
+        torch.testing.assert_close(getattr(kept, name), t)

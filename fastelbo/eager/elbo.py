@@ -23,7 +23,7 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
     acc, posterior, beta = accumulate_dtype(*inputs[:7]), inputs.latent, spec.beta
     nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
     kl, slopes = latent.kl_pass(posterior, spec.kl, asked[3:], acc)
-    of_kl = latent.times(slopes, posterior, spec.kl.scale * beta, asked[3:], acc) if ready else ()
+    of_kl = latent.gradients_of(slopes, posterior, spec.kl.scale * beta, asked[3:], acc) if ready else ()
     loss = widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
     outputs = (loss, widen(nll, acc), widen(kl, acc)) if spec.return_terms else (loss,)
     return outputs, (*of_nll, *of_kl) if ready else None

@@ -76,7 +76,8 @@ def nll_pass(
     if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
         level: Any = spec.logvar if variance is None else widen(variance, acc)
         tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
-        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, 16.0)
+        runs = 4.0  # squared residuals need one array at most
+        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, runs)
     else:
         given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
         given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)

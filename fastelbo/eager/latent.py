@@ -65,7 +65,7 @@ def backward(
         kept = Slopes() if grad_kl is None else kl_pass(inputs, spec.kl, needs, acc)[1]
         kept = kept._replace(spread=None if grad_z is None or not needs[1] else sample(inputs, spec, True)[1])
     rate = None if grad_kl is None else w.against(w.times(widen(grad_kl, acc), spec.kl.scale), inputs.mu.ndim, spec.kl.keep)
-    gradients = times(kept, inputs, rate, needs, acc, None if grad_z is None else widen(grad_z, acc))
+    gradients = gradients_of(kept, inputs, rate, needs, acc, None if grad_z is None else widen(grad_z, acc))
     if out is not None:
         gradients = (*[g if g is None else place.copy_(g) for g, place in zip(gradients, out, strict=False)], *gradients[2:])
     return gradients
@@ -74,7 +74,7 @@ def backward(
 OP = Op(forward, backward)
 
 
-def times(
+def gradients_of(
     slopes: Slopes, inputs: LatentInputs, rate: Factor | None, needs: Needs, acc: torch.dtype, grad_z: Any = None
 ) -> Gradients:
     """`rate` times the slopes of the KL, whose memory is used up (None: no KL), plus what comes through samples."""
@@ -89,9 +89,9 @@ def times(
     if rate is not None:
         rate = rate if inputs.weight is None else widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
         if needs[0]:
-            # Without a prior p may be mu itself, and with a gradient of prior_mu it is needed once more.
-            out = p if inputs[2:4] != (None, None) and not needs[2] else None
-            found[0] = torch.mul(p, rate, out=out)
+            # Without a prior p may be mu itself, and a gradient of prior_mu needs it once more.
+            is_free = (inputs.prior_mu is not None or inputs.prior_logvar is not None) and not needs[2]
+            found[0] = torch.mul(p, rate, out=p if is_free else None)
             if through_mu is not None:
                 found[0].add_(through_mu)
         if needs[1]:
@@ -154,9 +154,8 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> t
         wanted = (needs[0] or needs[2]) and not p_is_mu, needs[1], needs[3]
         likes = [t if want else None for t, want in zip((mu, logvar, mu), wanted, strict=True)]
         tile = partial(_tile, spec, acc, exact, hide)
-        (kl,), (p, *others) = w.walk(
-            tile, (mu, logvar, prior_mu, prior_logvar, weight), likes, (shape,), acc, 0.25 if exact else 0.5
-        )
+        runs = 0.25 if exact else 0.5  # for the temporaries of a tile, which in float64 are twice as large
+        (kl,), (p, *others) = w.walk(tile, (mu, logvar, prior_mu, prior_logvar, weight), likes, (shape,), acc, runs)
         return kl, Slopes(mu if p_is_mu else p, *others)
 
     exact = acc == torch.float64 or not on_host(mu) or spec.keep == mu.ndim or not masks
