@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from . import reference
 from .specs import (
+    DIFFERENTIABLE,
     Backend,
     ElboInputs,
     LatentInputs,
@@ -71,15 +72,16 @@ class _Fused(Function):
         ctx.op, ctx.spec = op, spec
         ctx.set_materialize_grads(False)
         inputs = cls.inputs(*tensors)
-        outputs, ctx.kept = op.forward(inputs, spec, ctx.needs_input_grad[2 : 2 + inputs.differentiable])
-        ctx.mark_non_differentiable(*outputs[cls.differentiable_outputs :])
+        outputs, ctx.kept = op.forward(inputs, spec, ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE[cls.inputs]])
+        if len(outputs) > cls.differentiable_outputs:
+            ctx.mark_non_differentiable(*outputs[cls.differentiable_outputs :])
         return outputs
 
     @classmethod
     def backward(cls, ctx: Any, *grad_outputs: Tensor | None) -> Any:
         kept, ctx.kept = ctx.kept, None
         inputs = cls.inputs(*ctx.saved_tensors)
-        needs = ctx.needs_input_grad[2 : 2 + inputs.differentiable]
+        needs = ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE[cls.inputs]]
         rest = (None,) * (len(inputs) - len(needs))
         if all(g is None for g in grad_outputs):
             return None, None, *(None,) * len(needs), *rest
@@ -161,20 +163,19 @@ def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any
     if backend is None:
         return function.expression(inputs, spec)
     op = getattr(backend, function.op)
-    if not _needs_gradient(inputs):
-        return op.forward(inputs, spec, (False,) * inputs.differentiable)[0]
+    count = DIFFERENTIABLE[function.inputs]
+    if not _needs_gradient(inputs[:count]):
+        return op.forward(inputs, spec, (False,) * count)[0]
     return function.apply(op, spec, *inputs)
 
 
 def call_packed(backend: Backend, spec: LatentSpec, dim: int, moments: Tensor, inputs: LatentInputs) -> Any:
     """As `call` of `Latent`, where mu and logvar are the halves of `moments` along `dim`."""
     op = backend.latent
-    if not _needs_gradient((moments, *inputs[2:]), 3):
-        return op.forward(inputs, spec, (False,) * inputs.differentiable)[0]
+    if not _needs_gradient((moments, *inputs[2:4])):
+        return op.forward(inputs, spec, (False,) * 4)[0]
     return PackedLatent.apply(op, spec, dim, moments, *inputs[2:])
 
 
-def _needs_gradient(inputs: Any, count: int | None = None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in inputs[: inputs.differentiable if count is None else count])
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in tensors]

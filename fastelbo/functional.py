@@ -411,5 +411,6 @@ def elbo_loss(
         nll, kl = _terms(chosen, spec, inputs)
         loss = nll + beta * kl
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
-    outputs = autograd.call(autograd.Elbo, chosen, spec._replace(beta=beta, return_terms=bool(return_terms)), inputs)
+    spec = Elbo(spec.likelihood, spec.kl, beta, bool(return_terms))
+    outputs = autograd.call(autograd.Elbo, chosen, spec, inputs)
     return outputs if return_terms else outputs[0]

@@ -1,7 +1,7 @@
 """The records that travel from a public function to a kernel launch: tensors in one, everything else in another.
 
-Every fused op has a record of input tensors (`NLLInputs`, ...), whose first `differentiable` fields may get a gradient, and a
-frozen record of what is no such tensor (`Likelihood`, ...). Both backends implement an op as two functions:
+Every fused op has a record of input tensors (`NLLInputs`, ...), whose first fields may get a gradient (`DIFFERENTIABLE` says how
+many), and a frozen record of what is no such tensor (`Likelihood`, ...). Both backends implement an op as two functions:
 
     forward(inputs, spec, needs) -> (outputs, kept)
         `needs` says for each differentiable input whether a backward pass will ask for its gradient. `kept` is whatever the op
@@ -93,10 +93,6 @@ class NLLInputs(NamedTuple):
     variance: Tensor | None  # broadcasts to recon
     weight: Tensor | None  # bool or floating, broadcasts to recon; where it is 0 the element is absent
 
-    @property
-    def differentiable(self) -> int:
-        return 3
-
 
 class LatentInputs(NamedTuple):
     mu: Tensor  # (batch, ...)
@@ -106,10 +102,6 @@ class LatentInputs(NamedTuple):
     weight: Tensor | None = None  # of the KL: bool or floating, broadcasts to mu
     eps: Tensor | None = None  # of z's shape
     seed: Tensor | None = None  # 0-d int64; at most one of eps and seed
-
-    @property
-    def differentiable(self) -> int:
-        return 4
 
 
 class ElboInputs(NamedTuple):
@@ -121,10 +113,6 @@ class ElboInputs(NamedTuple):
     prior_mu: Tensor | None
     prior_logvar: Tensor | None
     weight: Tensor | None  # of the likelihood
-
-    @property
-    def differentiable(self) -> int:
-        return 7
 
     @property
     def nll(self) -> NLLInputs:
@@ -142,10 +130,6 @@ class LinearInputs(NamedTuple):
     bias: Tensor | None  # (elements,)
     variance: Tensor | None  # log-variance, of one value or (elements,)
 
-    @property
-    def differentiable(self) -> int:
-        return 5
-
 
 class LinearElboInputs(NamedTuple):
     x: Tensor  # (batch, elements)
@@ -160,15 +144,14 @@ class LinearElboInputs(NamedTuple):
     seed: Tensor | None
 
     @property
-    def differentiable(self) -> int:
-        return 8
-
-    @property
     def latent(self) -> LatentInputs:
         return LatentInputs(self.mu, self.logvar, self.prior_mu, self.prior_logvar, None, self.eps, self.seed)
 
     def linear(self, h: Tensor) -> LinearInputs:
         return LinearInputs(h, self.x, self.weight, self.bias, self.variance)
+
+
+DIFFERENTIABLE: dict[type[Any], int] = {NLLInputs: 3, LatentInputs: 4, ElboInputs: 7, LinearInputs: 5, LinearElboInputs: 8}
 
 
 # ---- ops and backends ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def _run(
     inputs: ElboInputs, spec: Elbo, needs: Needs, grads: Gradients | None, is_loss: bool
 ) -> tuple[tuple[Tensor | None, ...], Gradients]:
     """A forward pass launches both sides, a backward pass those that have an upstream gradient and owe one."""
-    acc, device = accumulate_dtype(*inputs[: inputs.differentiable]), inputs.recon.device
+    acc, device = accumulate_dtype(*inputs[:7]), inputs.recon.device
     of_nll, of_kl = needs[:3], needs[3:]
     nll, kl = nothing(of_nll), nothing(of_kl)
     grad_nll, grad_kl = (None, None) if grads is None else (grads[0], grads[0]) if is_loss else grads

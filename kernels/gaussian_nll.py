@@ -38,7 +38,7 @@ GROUP_PROGRAMS = 1024
 
 
 def _run(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None) -> tuple[tuple[Tensor | None], Gradients]:
-    acc = accumulate_dtype(*inputs[: inputs.differentiable])
+    acc = accumulate_dtype(*inputs[:3])
     plan = plan_nll(inputs, spec, needs, grads, acc)
     plan.launch(inputs.recon.device)
     finish(acc, plan.terms, plan.of_variance)

@@ -36,7 +36,7 @@ def _run(
     inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[tuple[Tensor | None, Tensor | None], Gradients]:
     """The gradients of mu and logvar end up in `out`, tensors of any strides, where that is given."""
-    acc = accumulate_dtype(*inputs[: inputs.differentiable])
+    acc = accumulate_dtype(*inputs[:4])
     if grads is not None and grads[0] is None:
         inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
     if grads is not None and grads[1] is None:

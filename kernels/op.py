@@ -24,7 +24,7 @@ def op_of(run: Callable[..., tuple[tuple[Tensor | None, ...], Gradients]], early
     """
 
     def forward(inputs: Any, spec: Any, needs: Needs) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
-        is_early = any(needs) and early(spec) and not has_float16(inputs[: inputs.differentiable])
+        is_early = any(needs) and early(spec) and not has_float16(inputs[: len(needs)])
         outputs, gradients = run(inputs, spec, needs if is_early else (False,) * len(needs), None)
         return outputs, gradients if is_early else None
 

@@ -358,7 +358,7 @@ def test_default_cases() -> None:
     assert math.prod(module.LARGE) > walk.RUN
     large = [c for c in cases if c.shape == module.LARGE]
     # A layer's weight is as large as x at most, or no larger than WEIGHTS.
-    assert {c.op.size("weight", c.shape) for c in large if c.op.is_linear} == {(270_001, 3)}
+    assert {c.op.size("weight", c.shape) for c in large if c.op.is_linear} == {(540_001, 1)}
     assert OPS[-1].size("weight", (64, 28, 28)) == (784, peers.HIDDEN)
     assert OPS[-1].size("x", (64, 28, 28)) == (64, 784)
     assert OPS[-1].size("weight", (1, module.MAX_ELEMENTS)) == (module.MAX_ELEMENTS, 1)

@@ -261,14 +261,15 @@ def test_backward_does_not_take_the_noise_from_z(backend: Backend) -> None:
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("seeded", [False, True])
 def test_what_the_cpu_keeps_for_backward(seeded: bool, kl: bool) -> None:
-    """What the gradients are multiples of, each of mu's size; nothing where backward can draw the noise again."""
+    """The KL's gradients and the sample's spread, each of mu's size; nothing where backward can draw the noise again."""
     mu, logvar, eps = torch.randn(3, 4, 5).unbind()
     inputs = specs.LatentInputs(mu, logvar, eps=None if seeded else eps, seed=torch.tensor(7) if seeded else None)
     _, kept = latent.OP.forward(inputs, specs.Latent(want_kl=kl), (True, True, False, False))
     if seeded:
         assert kept is None
         return
-    want = {"spread": torch.exp(0.5 * logvar) * eps} | ({"p": mu, "expm1": torch.expm1(logvar)} if kl else {})
-    assert {name for name, t in kept._asdict().items() if t is not None} == set(want)
-    for name, t in want.items():
-        torch.testing.assert_close(getattr(kept, name), t)
+    want = [mu, 0.5 * torch.expm1(logvar)] if kl else [None, None]
+    for got, t in zip((*kept.of_kl, kept.spread), (*want, None, None, torch.exp(0.5 * logvar) * eps), strict=True):
+        assert (got is None) == (t is None)
+        if t is not None:
+            torch.testing.assert_close(got, t)

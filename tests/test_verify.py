@@ -427,10 +427,9 @@ GRADIENTS: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[s
     (("elbo", "backward"), whole, "elbo_loss", NAMES),
     # Where a backend chooses to write them early:
     (("gaussian_nll", "forward"), nll, "gaussian_nll", NLL),
-    # (what the gradients of a KL are multiples of; that of mu is that of prior_mu)
-    (("latent", "forward"), total_kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),
-    (("latent", "forward"), kl, "gaussian_kl", ("mu", "logvar", "prior_logvar")),
-    (("elbo_terms", "forward"), per_row, "elbo_loss", (*NAMES[:5], "prior_logvar")),
+    (("latent", "forward"), total_kl, "gaussian_kl", LATENT),
+    (("latent", "forward"), kl, "gaussian_kl", LATENT),
+    (("elbo_terms", "forward"), per_row, "elbo_loss", NAMES),
 ]
 VALUES: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
     (("gaussian_nll", "forward"), nll, "gaussian_nll", ("nll",)),

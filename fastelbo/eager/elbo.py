@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype, has_float16, on_host, widen
 from ..specs import Elbo, ElboInputs, Gradients, Latent, Needs, Op
-from . import gaussian_nll, latent
+from . import gaussian_nll, latent, walk
 
 
 def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], Gradients | None]:
@@ -22,18 +22,17 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
     asked = needs if ready else (False,) * 7
     acc, posterior, beta = accumulate_dtype(*inputs[:7]), inputs.latent, spec.beta
     nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
-    kl, slopes = latent.kl_pass(posterior, spec.kl, asked[3:], acc)
-    of_kl = latent.gradients_of(slopes, posterior, spec.kl.scale * beta, asked[3:], acc) if ready else ()
+    kl, of_kl = latent.kl_pass(posterior, spec.kl, asked[3:], spec.kl.scale * beta, acc)
     loss = widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
     outputs = (loss, widen(nll, acc), widen(kl, acc)) if spec.return_terms else (loss,)
-    return outputs, (*of_nll, *of_kl) if ready else None
+    return outputs, (*of_nll, *walk.rounded(of_kl, posterior)) if ready else None
 
 
 def backward(inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
     grad_output = grad_outputs[0]
     assert grad_output is not None
     if kept is not None:
-        return gaussian_nll.scaled(kept, grad_output)
+        return walk.scaled(kept, grad_output)
     return terms_backward(inputs, spec, (grad_output, grad_output * spec.beta), needs, None)
 
 

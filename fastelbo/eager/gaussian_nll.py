@@ -38,7 +38,7 @@ def backward(
     (grad_output,) = grad_outputs
     assert grad_output is not None
     if kept is not None:
-        return scaled(kept, grad_output)
+        return w.scaled(kept, grad_output)
     acc = acc or accumulate_dtype(*inputs[:3])
     rate = w.against(w.times(widen(grad_output, acc), spec.scale), inputs.recon.ndim, spec.keep)
     return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
@@ -59,13 +59,6 @@ def _backward_only_scales(inputs: NLLInputs, needs: Needs, keep: int, acc: torch
     return not any(t.dtype != acc or (keep and t.shape != shape) for t in asked)
 
 
-def scaled(gradients: Gradients, grad_output: Tensor) -> Gradients:
-    """Gradients that nobody has seen yet times the upstream gradient, which has a number for each row or one for all."""
-    if grad_output.ndim == 0 and on_host(grad_output) and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
-        return gradients
-    return tuple([g if g is None else g.mul_(w.against(grad_output, g.ndim, grad_output.ndim)) for g in gradients])
-
-
 def nll_pass(
     inputs: NLLInputs, spec: Likelihood, needs: Needs, rate: Factor, acc: torch.dtype, want_terms: bool = True
 ) -> tuple[Any, Gradients]:
@@ -76,21 +69,21 @@ def nll_pass(
     if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
         level: Any = spec.logvar if variance is None else widen(variance, acc)
         tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
-        runs = 4.0  # squared residuals need one array at most
-        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, runs)
+        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, 1)
     else:
         given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
         given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)
         whole = needs[2] and given.shape == shape
         each, shared = (recon, x, given, w.against(weight, ndim), rate), given.shape if needs[2] and not whole else None
-        found, gradients = w.walk(
-            partial(_tile, spec, acc, want_terms, needs[2]), each, (*likes, given if whole else None), (sums, shared), acc
-        )
+        tile = partial(_tile, spec, acc, want_terms, needs[2])
+        # For the residual and its ratio, what is widened, and what weights and other parameters need.
+        temporaries = (not needs[0]) + (not whole) + sum(t.dtype != acc for t in (recon, x, given))
+        temporaries += 3 * (weight is not None) + 2 * (spec.parameter != "logvar")
+        found, gradients = w.walk(tile, each, (*likes, given if whole else None), (sums, shared), acc, temporaries)
         nll, d_variance = found[0], gradients[2] if whole else found[1]
     if needs[2] and variance is not None:
         d_variance = d_variance.reshape(variance.shape)
-    each_gradient = zip((*gradients[:2], d_variance), inputs, strict=False)
-    return nll, tuple([g if g is None or t is None else widen(g, t.dtype) for g, t in each_gradient])
+    return nll, w.rounded((*gradients[:2], d_variance), inputs)
 
 
 def _of_one_variance(
@@ -102,7 +95,7 @@ def _of_one_variance(
     inverse = torch.exp(-logvar) if isinstance(logvar, Tensor) else _exp(-logvar)
     d = torch.sub(widen(recon, acc), widen(x, acc), out=d_x if d_recon is None else d_recon)
     if want_terms or want_slope:
-        squares, count = w.sum_over(d, spec.keep, squares=True), math.prod(d.shape[spec.keep :])
+        squares, count = w.squares_over(d, spec.keep), math.prod(d.shape[spec.keep :])
         if want_slope:
             rows = rate.reshape(squares.shape) if isinstance(rate, Tensor) and rate.ndim else rate
             slope = ((count - squares * inverse) * (0.5 * rows)).sum()
@@ -152,7 +145,7 @@ def _sum_of_terms(square: Tensor, logvar: Tensor, weight: Tensor | None, spec: L
         return w.sum_over(terms if weight is None else terms.mul_(weight), keep).mul_(0.5 * spec.scale)
     # Each by itself needs no memory for the terms. What cancels in their sum, the sums in float64 still hold.
     repeats = math.prod(shape[keep:]) // max(1, math.prod(logvar.shape[keep:]))
-    total = w.sum_over(square, keep).add_(w.sum_over(logvar, keep), alpha=repeats)
+    total = w.exact_sum_over(square, keep).add_(w.exact_sum_over(logvar, keep), alpha=repeats)
     return total.add_(constant * math.prod(shape[keep:])).mul_(0.5 * spec.scale)
 
 

@@ -26,84 +26,58 @@ from . import walk as w
 Clamp = tuple[float, float] | None
 
 
-class Slopes(NamedTuple):
-    """What the gradients are multiples of, in the dtype of the arithmetic; None where nothing asks for it."""
+class Kept(NamedTuple):
+    """What forward keeps for backward, in the dtype of the arithmetic."""
 
-    p: Any = None
-    expm1: Any = None  # e^v - 1, and 0 where logvar is clamped
-    curve: Any = None  # d p + e^v - 1
-    spread: Any = None  # sigma eps, and 0 where logvar is clamped
+    of_kl: Gradients = (None,) * 4  # for an upstream gradient of 1
+    spread: Tensor | None = None  # sigma eps, and 0 where logvar is clamped
 
 
 def forward(
     inputs: LatentInputs, spec: Latent, needs: Needs, acc: torch.dtype | None = None
-) -> tuple[tuple[Tensor | None, Tensor | None], Slopes | None]:
-    """The slopes are kept for backward, except those of noise from a seed, which backward makes again."""
+) -> tuple[tuple[Tensor | None, Tensor | None], Kept | None]:
+    """Nothing is kept where the noise comes from a seed: backward makes it again."""
     if inputs.seed is not None or not on_host(inputs.mu):
         needs = (False,) * 4
     z = spread = kl = None
-    slopes = Slopes()
+    of_kl: Gradients = (None,) * 4
     if inputs.eps is not None or inputs.seed is not None:
         z, spread = sample(inputs, spec, needs[1])
     if spec.want_kl:
         acc = acc or accumulate_dtype(*inputs[:4])
-        kl, slopes = kl_pass(inputs, spec.kl, needs, acc)
+        kl, of_kl = kl_pass(inputs, spec.kl, needs, spec.kl.scale, acc)
         kl = widen(kl, acc)
-    if True not in needs:
-        return (z, kl), None
-    return (z, kl), slopes if spread is None else slopes._replace(spread=spread)
+    return (z, kl), Kept(of_kl, spread) if True in needs else None
 
 
 def backward(
-    inputs: LatentInputs, spec: Latent, grad_outputs: Gradients, needs: Needs, kept: Slopes | None,
+    inputs: LatentInputs, spec: Latent, grad_outputs: Gradients, needs: Needs, kept: Kept | None,
     out: tuple[Tensor, Tensor] | None = None, acc: torch.dtype | None = None,
 ) -> Gradients:  # fmt: skip
     """`out` has memory of any strides for the gradients of mu and logvar."""
     grad_z, grad_kl = grad_outputs
     acc = acc or accumulate_dtype(*inputs[:4])
-    if kept is None:
-        kept = Slopes() if grad_kl is None else kl_pass(inputs, spec.kl, needs, acc)[1]
-        kept = kept._replace(spread=None if grad_z is None or not needs[1] else sample(inputs, spec, True)[1])
-    rate = None if grad_kl is None else w.against(w.times(widen(grad_kl, acc), spec.kl.scale), inputs.mu.ndim, spec.kl.keep)
-    gradients = gradients_of(kept, inputs, rate, needs, acc, None if grad_z is None else widen(grad_z, acc))
-    if out is not None:
-        gradients = (*[g if g is None else place.copy_(g) for g, place in zip(gradients, out, strict=False)], *gradients[2:])
-    return gradients
+    gradients: list[Any] = [None] * 4
+    if grad_kl is not None:
+        grad_kl = widen(grad_kl, acc)
+        if kept is not None:
+            gradients = list(w.scaled(kept.of_kl, grad_kl))
+        else:
+            rate = w.against(w.times(grad_kl, spec.kl.scale), inputs.mu.ndim, spec.kl.keep)
+            gradients = list(kl_pass(inputs, spec.kl, needs, rate, acc)[1])
+    if grad_z is not None:
+        spread = sample(inputs, spec, needs[1])[1] if kept is None else kept.spread
+        through: list[Tensor | None] = [widen(grad_z, acc), None if spread is None else (grad_z * spread).mul_(0.5)]
+        for i, g in enumerate(through):
+            if needs[i] and g is not None:
+                g = g if grad_z.ndim == inputs.mu.ndim else g.sum(0)
+                gradients[i] = g if gradients[i] is None else gradients[i].add_(g)
+    for i, place in enumerate(out or ()):
+        gradients[i] = place.copy_(gradients[i])
+    return w.rounded(gradients, inputs)
 
 
 OP = Op(forward, backward)
-
-
-def gradients_of(
-    slopes: Slopes, inputs: LatentInputs, rate: Factor | None, needs: Needs, acc: torch.dtype, grad_z: Any = None
-) -> Gradients:
-    """`rate` times the slopes of the KL, whose memory is used up (None: no KL), plus what comes through samples."""
-    p, expm1, curve, spread = slopes
-    found: list[Any] = [None] * 4
-    through_mu = through_logvar = None
-    if grad_z is not None:
-        through_mu, through_logvar = grad_z, grad_z * spread if needs[1] else None
-        if grad_z.ndim > inputs.mu.ndim:
-            through_mu, through_logvar = through_mu.sum(0), None if through_logvar is None else through_logvar.sum(0)
-        found[:2] = through_mu, through_logvar if rate is not None or through_logvar is None else through_logvar.mul_(0.5)
-    if rate is not None:
-        rate = rate if inputs.weight is None else widen(w.against(inputs.weight, inputs.mu.ndim), acc) * rate
-        if needs[0]:
-            # Without a prior p may be mu itself, and a gradient of prior_mu needs it once more.
-            is_free = (inputs.prior_mu is not None or inputs.prior_logvar is not None) and not needs[2]
-            found[0] = torch.mul(p, rate, out=p if is_free else None)
-            if through_mu is not None:
-                found[0].add_(through_mu)
-        if needs[1]:
-            found[1] = expm1.mul_(0.5 * rate)
-            if through_logvar is not None:
-                found[1].add_(through_logvar, alpha=0.5)
-        if needs[2]:
-            found[2] = p.mul_(-rate)
-        if needs[3]:
-            found[3] = curve.mul_(-0.5 * rate)
-    each: Any = zip(found, needs, inputs, strict=False)
-    return tuple([widen(g, t.dtype) if need and g is not None else None for g, need, t in each])
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------------------
@@ -136,45 +110,42 @@ def _cut(slope: Tensor, logvar: Tensor, clamp: Clamp) -> Tensor:
 # ---- the KL ----------------------------------------------------------------------------------------------------------------------
 
 
-def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, acc: torch.dtype) -> tuple[Any, Slopes]:
-    """The scaled sums of the terms, and the slopes that the gradients need.
+def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: torch.dtype) -> tuple[Any, Gradients]:
+    """The scaled sums of the terms, and `rate` times the gradients that are needed, in the dtype of the arithmetic.
 
     Sums are taken in float32 first, and once more without what lies under a weight of 0 where they show a NaN, or in float64 where
     they show that float32 was not exact enough. With eps = 2^-24, a term e^v - 1 - v is off by eps |v| in float32.
     The sum of |v| is at most sqrt(2 count total), since the term is about v^2 / 2 where that matters. So a total of count / 18 is
     off by 3 ulp at most. Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
     """
-    mu, logvar, prior_mu, prior_logvar, weight, _, _ = inputs
-    shape, count = mu.shape[: spec.keep], math.prod(mu.shape[spec.keep :])
+    mu, weight, count = inputs.mu, inputs.weight, math.prod(inputs.mu.shape[spec.keep :])
     masks = weight is None or weight.dtype == torch.bool
     weight = None if weight is None else widen(w.against(weight, mu.ndim), acc)
+    likes = [t if need else None for t, need in zip(inputs, needs, strict=False)]
 
-    def run(exact: bool, hide: bool) -> tuple[Any, Slopes]:
-        p_is_mu = prior_mu is None and prior_logvar is None and mu.dtype == acc and not hide
-        wanted = (needs[0] or needs[2]) and not p_is_mu, needs[1], needs[3]
-        likes = [t if want else None for t, want in zip((mu, logvar, mu), wanted, strict=True)]
-        tile = partial(_tile, spec, acc, exact, hide)
-        runs = 0.25 if exact else 0.5  # for the temporaries of a tile, which in float64 are twice as large
-        (kl,), (p, *others) = w.walk(tile, (mu, logvar, prior_mu, prior_logvar, weight), likes, (shape,), acc, runs)
-        return kl, Slopes(mu if p_is_mu else p, *others)
+    def run(exact: bool, hide: bool) -> tuple[Any, Gradients]:
+        tile, temporaries = partial(_tile, spec, acc, exact, hide), 16 if exact else 8
+        (kl,), gradients = w.walk(tile, (*inputs[:4], weight, rate), likes, (mu.shape[: spec.keep],), acc, temporaries)
+        return kl, tuple(gradients)
 
     exact = acc == torch.float64 or not on_host(mu) or spec.keep == mu.ndim or not masks
     hide = exact and weight is not None
-    kl, slopes = run(exact, hide)
+    kl, gradients = run(exact, hide)
     if not exact and kl.numel():
         if weight is not None and not math.isfinite(float(kl.sum())):
-            del slopes  # whose memory the next pass can take
-            kl, slopes = run(exact, hide=True)
-        least, most = map(float, torch.aminmax(kl) if kl.ndim else (kl, kl))
+            del gradients  # whose memory the next pass can take
+            kl, gradients = run(exact, hide=True)
+        least, most = [float(t) for t in torch.aminmax(kl)] if kl.ndim else [float(kl)] * 2
         if not (least >= count / 18 and most <= 20 * count):
-            del slopes
-            kl, slopes = run(True, weight is not None)
-    return kl.mul_(0.5 * spec.scale), slopes
+            del gradients
+            kl, gradients = run(True, weight is not None)
+    return kl.mul_(0.5 * spec.scale), gradients
 
 
 def _tile(
     spec: KL, acc: torch.dtype, exact: bool, hide: bool,
-    mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, of_p: Any, of_expm1: Any, of_curve: Any,
+    mu: Any, logvar: Any, prior_mu: Any, prior_logvar: Any, weight: Any, rate: Any,
+    d_mu: Any, d_logvar: Any, d_prior_mu: Any, d_prior_logvar: Any,
 ) -> tuple[Tensor]:  # fmt: skip
     raw = widen(logvar, acc)
     moments: list[Any] = [widen(mu, acc), raw if spec.clamp is None else torch.clamp(raw, *spec.clamp)]
@@ -182,19 +153,20 @@ def _tile(
     if hide:
         moments = [t if t is None else w.present(weight, t) for t in moments]
     d, level, prior_mu, prior_logvar = moments
-    if prior_mu is not None:
-        d = d - prior_mu
-    p = d
-    if prior_logvar is not None:
-        p = torch.div(d, torch.exp(prior_logvar), out=of_p)
-    elif of_p is not None:
-        of_p.copy_(d)
-    expm1, rest = expm1_and_rest(level, prior_logvar, exact, of_expm1)
-    if of_curve is not None:
-        torch.addcmul(expm1, d, p, out=of_curve)
-    if of_expm1 is not None:
-        _cut(of_expm1, raw, spec.clamp)
+    d = d if prior_mu is None else d - prior_mu
+    d_mean = d_prior_mu if d_mu is None else d_mu
+    p = d if prior_logvar is None else torch.div(d, torch.exp(prior_logvar), out=d_mean)
+    expm1, rest = expm1_and_rest(level, prior_logvar, exact, d_logvar)
+    rate = rate if weight is None else weight * rate
+    if d_prior_logvar is not None:
+        torch.addcmul(expm1, d, p, out=d_prior_logvar).mul_(-0.5 * rate)
     terms = rest.addcmul_(d, p)
+    if d_mean is not None:
+        torch.mul(p, -rate if d_mu is None else rate, out=d_mean)
+    if d_mu is not None and d_prior_mu is not None:
+        torch.neg(d_mu, out=d_prior_mu)
+    if d_logvar is not None:
+        _cut(d_logvar.mul_(0.5 * rate), raw, spec.clamp)
     return (w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep),)
 
 

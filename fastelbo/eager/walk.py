@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import on_host
+from ..dtypes import on_host, widen
+from ..specs import Gradients
 
-# Elements of a run: few enough for a handful of temporaries to stay in the outer caches, enough to amortise starting the threads.
-RUN = 1 << 18
+# Elements of all temporaries of a run together: few enough to stay in the outer caches, enough to amortise starting the threads.
+RUN = 1 << 20
 
-# Terms that float64 adds up as they come: fewer calls are worth more than the time that conversions take.
-MANY = 1 << 14
-
-# Of more terms, float32 adds up so many, and float64 adds these sums: where they cancel, longer float32 sums lose digits.
+# float32 adds up so many terms that cancel, or so many squares, and float64 adds these sums.
 SHORT = 1 << 6
+SHORT_SQUARES = 1 << 8
+
+# So many squares are cheaper to write than to read in short runs.
+FEW_SQUARES = 1 << 17
 
 Shape = tuple[int, ...]
 Parts = Sequence[Any]  # tensors, or None
@@ -36,23 +38,50 @@ def against(t: Any, ndim: int, keep: int = 0) -> Any:
     return t.reshape(t.shape + (1,) * (ndim - keep) if keep else (1,) * (ndim - t.ndim) + t.shape)
 
 
-def sum_over(t: Tensor, keep: int, squares: bool = False) -> Tensor:
-    """The sum of t, or of t^2, over all but the first `keep` dimensions, in float64 on a host; where that is none, the terms."""
-    if keep == t.ndim or not on_host(t):
-        t = t * t if squares else t
-        return t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t
+def sum_over(t: Tensor, keep: int) -> Tensor:
+    """The sum over all but the first `keep` dimensions, which torch takes in pairs: it is off by two ulp. Where that is none, t."""
+    return t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t
+
+
+def exact_sum_over(t: Tensor, keep: int) -> Tensor:
+    """The sum in float64, for terms that cancel. To convert each term would take longer than all sums."""
+    runs, rest = _short_runs(t, keep, SHORT)
+    total = runs.sum(-1).sum(-1, dtype=torch.float64)
+    return total.add_(rest.sum(-1, dtype=torch.float64)) if rest.shape[-1] else total
+
+
+def squares_over(t: Tensor, keep: int) -> Tensor:
+    """The sum of t^2. Norms read t and write next to nothing: fresh memory for many squares would cost more than they do."""
+    if not on_host(t) or t.numel() <= FEW_SQUARES or keep == t.ndim:
+        return sum_over(t * t, keep)
+    runs, rest = _short_runs(t, keep, SHORT_SQUARES)
+    norms = torch.linalg.vector_norm(runs, dim=-1).double()
+    total = (norms * norms).sum(-1)
+    return total.add_((rest * rest).sum(-1)) if rest.shape[-1] else total
+
+
+def _short_runs(t: Tensor, keep: int, size: int) -> tuple[Tensor, Tensor]:
+    """t as (kept, runs, size), and what is left of it."""
     kept, count = t.shape[:keep], math.prod(t.shape[keep:])
-    rest = count % SHORT
-    if t.numel() <= MANY or rest == count:
-        return (t * t if squares else t).sum(tuple(range(keep, t.ndim)), dtype=torch.float64)
-    if rest:
-        t = t.reshape(*kept, count)
-        return sum_over(t[..., : count - rest], keep, squares).add_(sum_over(t[..., count - rest :], keep, squares))
-    runs = t.reshape(*kept, -1, SHORT)
-    if squares:  # norms read t and write next to nothing: fresh memory for t^2 would cost more than they do
-        norms = torch.linalg.vector_norm(runs, dim=-1).double()
-        return (norms * norms).sum(-1)
-    return runs.sum(-1).sum(-1, dtype=torch.float64)
+    rest = count % size
+    if not rest:
+        return t.reshape(*kept, count // size, size), t[..., :0]
+    t = t.reshape(*kept, count)
+    return t[..., : count - rest].unflatten(-1, (-1, size)), t[..., count - rest :]
+
+
+def scaled(gradients: Gradients, grad_output: Tensor) -> Gradients:
+    """Gradients that nobody has seen yet, times the upstream gradient, which has a number for each row or one for all."""
+    if grad_output.ndim == 0 and on_host(grad_output) and float(grad_output) == 1.0:  # a CPU tensor is read without waiting
+        return gradients
+    if grad_output.ndim:  # then all gradients have the rank of the terms
+        grad_output = against(grad_output, max(g.ndim for g in gradients if g is not None), grad_output.ndim)
+    return tuple([g if g is None else g.mul_(grad_output) for g in gradients])
+
+
+def rounded(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:
+    """Each gradient in its input's dtype; None where there is none or no input."""
+    return tuple([None if g is None or t is None else widen(g, t.dtype) for g, t in zip(gradients, inputs, strict=False)])
 
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -75,7 +104,7 @@ def walk(
     likes: Parts,
     sums: Sequence[Shape | None],
     acc: torch.dtype,
-    runs: float = 1.0,
+    temporaries: int,
 ) -> tuple[Parts, Parts]:
     """Call `tile(*inputs, *memory)`, which returns sums and fills the memory, run by run; return the sums and the memory whole.
 
@@ -84,14 +113,15 @@ def walk(
     likes: What each piece of memory is like: of the first input's shape; None for none. All memory is of dtype `acc`.
     sums: The shapes of the sums that a tile returns, None for none: either the first dimensions of the inputs, or all of them with
         some of size 1.
-    runs: The size of a run, in units of RUN.
+    temporaries: How many arrays of a run's size a tile allocates, about.
     """
     first = inputs[0]
     memory = [None if t is None else torch.empty_like(t, dtype=acc) for t in likes]
-    if not on_host(first) or first.numel() <= RUN * runs:
+    most = max(1, RUN // max(1, temporaries))
+    if not on_host(first) or first.numel() <= most:
         return tile(*inputs, *memory), memory
     totals = [None if shape is None else torch.zeros(shape, dtype=torch.float64, device=first.device) for shape in sums]
-    for pieces in _runs([*inputs, *memory, *totals], int(RUN * runs)):
+    for pieces in _runs([*inputs, *memory, *totals], most):
         parts = tile(*pieces[: -len(totals)])
         for total, part in zip(pieces[-len(totals) :], parts, strict=True):
             if total is not None:

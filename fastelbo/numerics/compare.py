@@ -46,7 +46,7 @@ RANGES = ((-0.01, 0.01), (-10.0, 10.0), (-50.0, 50.0))
 SHAPES = ((2000, 1), (64, 784), (3, 5, 17, 9))  # one element per sample, a matrix, an image of odd sizes
 INTERPRETED_SHAPES = ((97, 1), (8, 300), (3, 5, 7, 3))  # a launch takes Triton's interpreter milliseconds
 # More than the CPU backend takes in one run. That is not a question of rounding: float32 and one range will do.
-LARGE = (2, 270_001)
+LARGE = (2, 540_001)
 MAX_ELEMENTS = 2**24  # the oracle holds some twenty float64 tensors of that size
 POINTS = 16  # of a profile
 SPREADS = ("logvar", "recon_logvar", "std", "var")

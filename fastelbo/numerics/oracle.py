@@ -26,7 +26,7 @@ from .. import specs
 from ..dtypes import LOG_2PI
 from ..noise import sample_noise
 from ..reference import present
-from ..specs import KL, Gradients, Likelihood, Needs
+from ..specs import DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
 
 OUTPUTS = {
@@ -157,10 +157,10 @@ class Oracle:
     """
 
     def __init__(self, op: str, inputs: Any, spec: Any, needs: Needs | None = None, z: Tensor | None = None) -> None:
-        self.op, self.needs = op, needs or tuple(t is not None for t in inputs[: inputs.differentiable])
+        self.op, self.needs = op, needs or tuple(t is not None for t in inputs[: DIFFERENTIABLE[type(inputs)]])
         self.shapes: list[Any] = [None if t is None else t.shape for t in inputs]
         self.dtypes = inputs._make(None if t is None else t.dtype for t in inputs)
-        self.acc = arithmetic_of(self.dtypes[: inputs.differentiable])
+        self.acc = arithmetic_of(self.dtypes[: DIFFERENTIABLE[type(inputs)]])
         seeded = getattr(inputs, "seed", None) is not None
         self.operands = rounding_of_operands(op, self.dtypes, spec, seeded)
         kl = getattr(spec, "kl", None)

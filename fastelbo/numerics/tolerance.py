@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..specs import DIFFERENTIABLE
+
 ARITHMETIC = {torch.float64: 1e-11, torch.float32: 2e-5}  # half precision is float32 arithmetic
 TF32 = 2.0**-10  # the rounding of a factor, which hardware may cut off
 
@@ -114,7 +116,7 @@ def rounding_of_operands(op: str, dtypes: Any, spec: Any, seeded: bool) -> dict[
     - The sample of `linear_elbo`: z has mu's dtype, and its gradient may come back in it.
     - Beside float64, whatever is float32's nevertheless: noise from a seed, and a posterior that is.
     """
-    acc = arithmetic_of(dtypes[: dtypes.differentiable])
+    acc = arithmetic_of(dtypes[: DIFFERENTIABLE[type(dtypes)]])
     z = ARITHMETIC[torch.float32] if seeded and acc == torch.float64 else 0.0
     if op not in ("linear_nll", "linear_elbo"):
         return {"z": z, "logvar": z}
