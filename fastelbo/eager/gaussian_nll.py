@@ -66,18 +66,20 @@ def nll_pass(
     recon, x, variance, weight = inputs
     shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
     likes = recon if needs[0] else None, x if needs[1] else None
+    wider = sum(t.dtype != acc for t in (recon, x))
     if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
         level: Any = spec.logvar if variance is None else widen(variance, acc)
         tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
-        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, (sums, () if needs[2] else None), acc, 1)
+        sums_of, temporaries = (sums, () if needs[2] else None), wider + (not (needs[0] or needs[1]))
+        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, sums_of, acc, temporaries)
     else:
         given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
         given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)
         whole = needs[2] and given.shape == shape
         each, shared = (recon, x, given, w.against(weight, ndim), rate), given.shape if needs[2] and not whole else None
         tile = partial(_tile, spec, acc, want_terms, needs[2])
-        # For the residual and its ratio, what is widened, and what weights and other parameters need.
-        temporaries = (not needs[0]) + (not whole) + sum(t.dtype != acc for t in (recon, x, given))
+        # For sums, the residual and its ratio, what is widened, and what weights and other parameters need.
+        temporaries = 1 + wider + (not needs[0]) + (not whole) + (given.dtype != acc)
         temporaries += 3 * (weight is not None) + 2 * (spec.parameter != "logvar")
         found, gradients = w.walk(tile, each, (*likes, given if whole else None), (sums, shared), acc, temporaries)
         nll, d_variance = found[0], gradients[2] if whole else found[1]

@@ -124,7 +124,10 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: tor
     likes = [t if need else None for t, need in zip(inputs, needs, strict=False)]
 
     def run(exact: bool, hide: bool) -> tuple[Any, Gradients]:
-        tile, temporaries = partial(_tile, spec, acc, exact, hide), 16 if exact else 8
+        tile, temporaries = (
+            partial(_tile, spec, acc, exact, hide),
+            16 if exact else 2 + (not (needs[0] or needs[2])) + (not needs[1]),
+        )
         (kl,), gradients = w.walk(tile, (*inputs[:4], weight, rate), likes, (mu.shape[: spec.keep],), acc, temporaries)
         return kl, tuple(gradients)
 
@@ -180,7 +183,7 @@ def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out
     if not exact:
         v = logvar if prior_logvar is None else logvar - prior_logvar
         expm1 = torch.expm1(v, out=out)
-        return expm1, expm1 - v
+        return expm1, torch.sub(expm1, v, out=v if v is not logvar else None)
     if logvar.dtype == torch.float32 and on_host(logvar):
         v = logvar.double()
         v = v if prior_logvar is None else v.sub_(prior_logvar)

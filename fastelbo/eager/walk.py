@@ -113,15 +113,14 @@ def walk(
     likes: What each piece of memory is like: of the first input's shape; None for none. All memory is of dtype `acc`.
     sums: The shapes of the sums that a tile returns, None for none: either the first dimensions of the inputs, or all of them with
         some of size 1.
-    temporaries: How many arrays of a run's size a tile allocates, about.
+    temporaries: How many arrays of a run's size a tile allocates, about. Where it is none, one run is as good as many.
     """
     first = inputs[0]
     memory = [None if t is None else torch.empty_like(t, dtype=acc) for t in likes]
-    most = max(1, RUN // max(1, temporaries))
-    if not on_host(first) or first.numel() <= most:
+    if not temporaries or not on_host(first) or first.numel() * temporaries <= RUN:
         return tile(*inputs, *memory), memory
     totals = [None if shape is None else torch.zeros(shape, dtype=torch.float64, device=first.device) for shape in sums]
-    for pieces in _runs([*inputs, *memory, *totals], most):
+    for pieces in _runs([*inputs, *memory, *totals], max(1, RUN // temporaries)):
         parts = tile(*pieces[: -len(totals)])
         for total, part in zip(pieces[-len(totals) :], parts, strict=True):
             if total is not None:
@@ -137,7 +136,7 @@ def _runs(tensors: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
         yield tensors
         return
     dim = next(i for i, n in enumerate(shape) if n > 1)
-    step = max(1, shape[dim] * most // count)
+    step = -(-shape[dim] // min(shape[dim], -(-count // most)))  # runs of about one size
     for start in range(0, shape[dim], step):
         size = min(step, shape[dim] - start)
         yield from _runs(
