@@ -6,8 +6,8 @@ Three rules hold for all of them.
   leaves the Function out where nothing will be differentiated.
 - What a forward pass keeps for its backward (gradients that are ready, for instance) is handed over once and forgotten. Every later
   backward starts from the saved inputs. No tensor that a caller can see is written again.
-- With grad mode on inside backward (`create_graph=True`), the reference expression is differentiated instead, so that double
-  backward is right.
+- What a custom backward cannot serve goes through the reference expression: transforms of torch.func, forward-mode
+  differentiation, and backward with grad mode on (`create_graph=True`), so that double backward is right.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from .specs import (
     Op,
 )
 from .specs import Latent as LatentSpec
+from .tracing import are_batched, is_transformed
 
 Outputs = tuple[Tensor | None, ...]
 
 
-def _is_differentiated() -> bool:
-    """Whether this backward will itself be differentiated. A traced backward never is (and Dynamo traces with grad mode on)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _is_differentiated(grad_outputs: Sequence[Tensor | None]) -> bool:
+    """Whether this backward is itself differentiated or batched. A traced one never is (and Dynamo traces with grad mode on)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_transformed() or are_batched(grad_outputs)
 
 
 def _differentiate(
@@ -45,13 +48,19 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     """Differentiable gradients of the outputs of `expression(*inputs)` in the first `len(needs)` inputs."""
     # A view each: the same tensor may stand in two places, and each place wants its own gradient.
-    own = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=False)]
-    pairs = [(out, g) for out, g in zip(expression(*own, *inputs[len(needs) :]), grad_outputs, strict=True) if g is not None]
+    graded = torch.is_grad_enabled()  # otherwise the gradients are only batched
+    with torch.enable_grad():
+        own = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=False)]
+        outputs = expression(*own, *inputs[len(needs) :])
+    pairs = [(out, g) for out, g in zip(outputs, grad_outputs, strict=True) if g is not None and out is not None]
+    pairs = [(out, g) for out, g in pairs if out.requires_grad]  # a term may depend on none of them
+    if not pairs:
+        return (None,) * len(needs)
     found = torch.autograd.grad(
-        [out for out, _ in pairs if out is not None],
+        [out for out, _ in pairs],
         [t for t, need in zip(own, needs, strict=True) if need],
         [g for _, g in pairs],
-        create_graph=True,
+        create_graph=graded,
         allow_unused=True,
     )
     each = iter(found)
@@ -69,7 +78,7 @@ class _Fused(Function):
     @classmethod
     def forward(cls, ctx: Any, op: Op, spec: Any, *tensors: Tensor | None) -> Outputs:
         ctx.save_for_backward(*tensors)
-        ctx.op, ctx.spec = op, spec
+        ctx.function, ctx.op, ctx.spec = cls, op, spec
         ctx.set_materialize_grads(False)
         inputs = cls.inputs(*tensors)
         outputs, ctx.kept = op.forward(inputs, spec, ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE[cls.inputs]])
@@ -77,15 +86,16 @@ class _Fused(Function):
             ctx.mark_non_differentiable(*outputs[cls.differentiable_outputs :])
         return outputs
 
-    @classmethod
-    def backward(cls, ctx: Any, *grad_outputs: Tensor | None) -> Any:
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        cls: type[_Fused] = ctx.function  # compiled autograd takes no class method
         kept, ctx.kept = ctx.kept, None
         inputs = cls.inputs(*ctx.saved_tensors)
         needs = ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE[cls.inputs]]
         rest = (None,) * (len(inputs) - len(needs))
         if all(g is None for g in grad_outputs):
             return None, None, *(None,) * len(needs), *rest
-        if _is_differentiated():
+        if _is_differentiated(grad_outputs):
             expression = lambda *tensors: cls.expression(cls.inputs(*tensors), ctx.spec)  # noqa: E731
             return None, None, *_differentiate(expression, inputs, needs, grad_outputs), *rest
         return None, None, *ctx.op.backward(inputs, ctx.spec, grad_outputs, needs, kept), *rest
@@ -142,7 +152,7 @@ class PackedLatent(Function):
         if all(g is None for g in grad_outputs):
             return (None,) * 9
         grads: Outputs
-        if _is_differentiated():
+        if _is_differentiated(grad_outputs):
 
             def expression(moments: Tensor, *others: Tensor | None) -> Outputs:
                 return reference.latent(LatentInputs(*moments.chunk(2, ctx.dim), *others), ctx.spec)
@@ -160,7 +170,7 @@ class PackedLatent(Function):
 
 def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any) -> Any:
     """The outputs of an op, as one backend computes them; None stands for the reference."""
-    if backend is None:
+    if backend is None or is_transformed():
         return function.expression(inputs, spec)
     op = getattr(backend, function.op)
     count = DIFFERENTIABLE[function.inputs]
@@ -171,6 +181,8 @@ def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any
 
 def call_packed(backend: Backend, spec: LatentSpec, dim: int, moments: Tensor, inputs: LatentInputs) -> Any:
     """As `call` of `Latent`, where mu and logvar are the halves of `moments` along `dim`."""
+    if is_transformed():
+        return reference.latent(inputs, spec)
     op = backend.latent
     if not _needs_gradient((moments, *inputs[2:4])):
         return op.forward(inputs, spec, (False,) * 4)[0]

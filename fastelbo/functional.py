@@ -15,7 +15,7 @@ from torch import Tensor
 from . import arguments, autograd, backend, checks
 from .dtypes import on_host
 from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
-from .tracing import FLOAT, one_node
+from .tracing import FLOAT, is_transformed, one_node
 
 
 def reparameterised(
@@ -265,7 +265,7 @@ def gaussian_nll_loss(
             raise ValueError("var has negative entry/entries")
     elif not isinstance(var, Tensor):
         raise TypeError(f"var must be a float or a torch.Tensor, got {type(var).__name__}")
-    elif on_host(var) and torch.any(var < 0):
+    elif on_host(var) and not is_transformed() and torch.any(var < 0):
         raise ValueError("var has negative entry/entries")
     dtype = _promote(input, target)
     kind, number = "logvar", 0.0

@@ -150,7 +150,8 @@ def linear_nll(inputs: LinearInputs, spec: Linear) -> tuple[Tensor]:
     """`nll` of recon = h weight^T + bias, of shape `(rows, elements)`; row n belongs to row n % batch of x."""
     h, x, weight, bias, variance = inputs
     acc = accumulate_dtype(*inputs)
-    recon = h.to(acc) @ weight.to(acc).T
+    with torch.autocast(h.device.type, enabled=False):
+        recon = h.to(acc) @ weight.to(acc).T
     recon = recon if bias is None else recon + bias.to(acc)
     if recon.shape[0] != x.shape[0]:
         x = x.expand(recon.shape[0] // x.shape[0], *x.shape).flatten(0, 1)

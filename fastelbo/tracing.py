@@ -1,4 +1,6 @@
-"""Under torch.compile a public function is one node of the graph, which AOTAutograd opens.
+"""Who looks on: torch.compile, a transform of torch.func.
+
+Under torch.compile a public function is one node of the graph, which AOTAutograd opens.
 
 Dynamo would trace through every check and helper, and verify all that it saw there before each call of the compiled code: more
 time than a small loss takes.
@@ -7,7 +9,7 @@ time than a small loss takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 INT: tuple[type[Any], ...] = int, torch.SymInt
 FLOAT: tuple[type[Any], ...] = float, torch.SymFloat
 NUMBER = *INT, *FLOAT
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def are_batched(gradients: Iterable[torch.Tensor | None]) -> bool:
+    """Whether these come from `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
 
 nodes: list[Callable[..., Any]] = []
 

@@ -24,11 +24,13 @@ def op_of(run: Callable[..., tuple[tuple[Tensor | None, ...], Gradients]], early
     """
 
     def forward(inputs: Any, spec: Any, needs: Needs) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
-        is_early = any(needs) and early(spec) and not has_float16(inputs[: len(needs)])
+        is_early = early(spec) and any(needs) and not has_float16(inputs[: len(needs)])
         outputs, gradients = run(inputs, spec, needs if is_early else (False,) * len(needs), None)
         return outputs, gradients if is_early else None
 
     def backward(inputs: Any, spec: Any, grads: Gradients, needs: Needs, kept: Gradients | None, **options: Any) -> Gradients:
+        # A later pass makes them as the first did: otherwise the two would differ in their last bits.
+        kept = forward(inputs, spec, needs)[1] if kept is None else kept
         if kept is not None:
             return _scale_gradients(kept, grads[0])
         return run(inputs, spec, needs, grads, **options)[1]

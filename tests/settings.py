@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import OPS, PATTERNS, Backend, Op, Values, accumulated, assert_close, check, make
+from cases import OPS, PATTERNS, Backend, Op, Values, accumulated, assert_close, broadcast_shape, check, draw, make
+
+import fastelbo
 
 
 def variances(op: Op) -> list[str]:
@@ -58,3 +62,74 @@ def assert_grads(grads: Values, want: Values, what: str = "", **bars: Any) -> No
     assert set(grads) == set(want)
     for name, g in want.items():
         assert_close(grads[name], g, f"{what} gradient of {name}", scale=float(g.abs().max()) + 1, **bars)
+
+
+# ---- every function of tensors alone ---------------------------------------------------------------------------------------------
+
+
+def functions() -> dict[str, tuple[Callable[..., Any], list[str]]]:
+    """Every function and form of variance as a function of its tensors, with what to draw for them."""
+    two, latent = ["recon", "x"], ["mu", "logvar"]
+    out: dict[str, Any] = {
+        "reparameterize": (lambda i, m, s: fastelbo.reparameterize(m, s, seed=1, impl=i), latent),
+        "reparameterize-samples": (lambda i, m, s: fastelbo.reparameterize(m, s, 2, seed=1, impl=i), latent),
+        "reparameterize_kl": (lambda i, m, s: fastelbo.reparameterize_kl(m, s, seed=1, reduction="batchmean", impl=i), latent),
+        "reparameterize_kl-clamp": (
+            lambda i, m, s: fastelbo.reparameterize_kl(m, s, seed=1, logvar_clamp=(-0.4, 0.3), impl=i),
+            latent,
+        ),
+        "gaussian_kl": (lambda i, m, s: fastelbo.gaussian_kl(m, s, impl=i), latent),
+        "gaussian_kl-prior": (
+            lambda i, m, s, p, q: fastelbo.gaussian_kl(m, s, p, q, reduction="mean", impl=i),
+            [*latent, "mu:dim", "logvar:0d"],
+        ),
+        "gaussian_nll": (lambda i, r, x: fastelbo.gaussian_nll(r, x, impl=i), two),
+        "DiagonalGaussian": (
+            lambda i, m: fastelbo.DiagonalGaussian.from_moments(m, impl=i).rsample_kl(seed=2),
+            ["moments"],
+        ),
+        "elbo_terms": (
+            lambda i, r, x, v, m, s: fastelbo.elbo_terms(r, x, m, s, recon_logvar=v, reduction="none", impl=i),
+            [*two, "logvar:dim", *latent],
+        ),
+        "elbo_loss": (
+            lambda i, r, x, v, m, s, p: fastelbo.elbo_loss(r, x, m, s, recon_logvar=v, prior_mu=p, beta=0.7, impl=i),
+            [*two, "logvar:0d", *latent, "mu:dim"],
+        ),
+        "elbo_loss-none": (
+            lambda i, r, x, m, s: fastelbo.elbo_loss(r, x, m, s, recon_logvar=-0.3, beta=0.7, reduction="none", impl=i),
+            [*two, *latent],
+        ),
+        "sgvb_loss": (
+            lambda i, x, m, s: fastelbo.sgvb_loss(torch.tanh, x, m, s, num_samples=2, seed=3, recon_logvar=0.2, impl=i),
+            ["x", *latent],
+        ),
+    }  # fmt: skip
+    for form, pattern in itertools.product(("logvar", "std", "var"), ("0d", "channel", "dim", "sample", "element", "float")):
+        weight = torch.tensor([[1.0, 0.0, 2.0]])
+        if pattern == "float":
+            out[f"gaussian_nll-{form}-float"] = (
+                lambda i, r, x, form=form: fastelbo.gaussian_nll(r, x, **{form: 0.6}, reduction="mean", impl=i),
+                two,
+            )
+        else:
+            out[f"gaussian_nll-{form}-{pattern}"] = (
+                lambda i, r, x, v, form=form, weight=weight: fastelbo.gaussian_nll(
+                    r, x, **{form: v}, weight=weight.to(r.device), impl=i
+                ),
+                [*two, f"{form}:{pattern}"],
+            )
+    return out
+
+
+FUNCTIONS = functions()
+
+
+def arguments(names: list[str], device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    out = []
+    for name in names:
+        name, _, pattern = name.partition(":")
+        shape = (2, 6) if name == "moments" else broadcast_shape(pattern or "element", (2, 3))
+        out.append((draw(name, shape, generator) * (1.0 if name in ("std", "var") else 0.7)).to(device).requires_grad_())
+    return out

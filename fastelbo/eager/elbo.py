@@ -17,8 +17,7 @@ from . import gaussian_nll, latent, walk
 
 
 def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], Gradients | None]:
-    # A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
-    ready = True in needs and on_host(inputs.recon) and not has_float16(inputs[:7])
+    ready = _backward_only_scales(inputs, needs)
     asked = needs if ready else (False,) * 7
     acc, posterior, beta = accumulate_dtype(*inputs[:7]), inputs.latent, spec.beta
     nll, of_nll = gaussian_nll.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
@@ -31,12 +30,19 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
 def backward(inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
     grad_output = grad_outputs[0]
     assert grad_output is not None
+    if kept is None and _backward_only_scales(inputs, needs):
+        kept = forward(inputs, spec, needs)[1]
     if kept is not None:
         return walk.scaled(kept, grad_output)
     return terms_backward(inputs, spec, (grad_output, grad_output * spec.beta), needs, None)
 
 
 OP = Op(forward, backward)
+
+
+def _backward_only_scales(inputs: ElboInputs, needs: Needs) -> bool:
+    """A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow."""
+    return True in needs and on_host(inputs.recon) and not has_float16(inputs[:7])
 
 
 def terms_forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Any, Any]]:

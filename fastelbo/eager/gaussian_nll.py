@@ -37,9 +37,11 @@ def backward(
 ) -> Gradients:  # fmt: skip
     (grad_output,) = grad_outputs
     assert grad_output is not None
+    acc = acc or accumulate_dtype(*inputs[:3])
+    if kept is None and _backward_only_scales(inputs, needs, spec.keep, acc):
+        kept = nll_pass(inputs, spec, needs, spec.scale, acc, want_terms=False)[1]
     if kept is not None:
         return w.scaled(kept, grad_output)
-    acc = acc or accumulate_dtype(*inputs[:3])
     rate = w.against(w.times(widen(grad_output, acc), spec.scale), inputs.recon.ndim, spec.keep)
     return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
 

@@ -37,8 +37,7 @@ def forward(
     inputs: LatentInputs, spec: Latent, needs: Needs, acc: torch.dtype | None = None
 ) -> tuple[tuple[Tensor | None, Tensor | None], Kept | None]:
     """Nothing is kept where the noise comes from a seed: backward makes it again."""
-    if inputs.seed is not None or not on_host(inputs.mu):
-        needs = (False,) * 4
+    needs = needs if _keeps(inputs) else (False,) * 4
     z = spread = kl = None
     of_kl: Gradients = (None,) * 4
     if inputs.eps is not None or inputs.seed is not None:
@@ -57,6 +56,8 @@ def backward(
     """`out` has memory of any strides for the gradients of mu and logvar."""
     grad_z, grad_kl = grad_outputs
     acc = acc or accumulate_dtype(*inputs[:4])
+    if kept is None and _keeps(inputs):
+        kept = forward(inputs, spec, needs, acc)[1]
     gradients: list[Any] = [None] * 4
     if grad_kl is not None:
         grad_kl = widen(grad_kl, acc)
@@ -78,6 +79,10 @@ def backward(
 
 
 OP = Op(forward, backward)
+
+
+def _keeps(inputs: LatentInputs) -> bool:
+    return inputs.seed is None and on_host(inputs.mu)
 
 
 # ---- the sample ------------------------------------------------------------------------------------------------------------------

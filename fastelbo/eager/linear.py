@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ DEVICE_TILE = 1 << 25
 def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], Gradients | None]:
     """The gradients are made along with a total, for an upstream gradient of 1: then each product is taken once."""
     likelihood = spec.likelihood
-    ready = likelihood.keep == 0 and any(needs) and not has_float16(inputs)
-    with _matmul_precision(spec.precision, inputs):
+    ready = _backward_only_scales(inputs, likelihood, needs)
+    with _products(spec.precision, inputs):
         nll, gradients = _walk(inputs, likelihood, needs if ready else (False,) * 5, likelihood.scale, want_terms=True)
     assert nll is not None
     return (nll,), gradients if ready else None
@@ -45,14 +46,20 @@ def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Ten
 def backward(inputs: LinearInputs, spec: Linear, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
     (grad_output,) = grad_outputs
     assert grad_output is not None
+    if kept is None and _backward_only_scales(inputs, spec.likelihood, needs):
+        kept = forward(inputs, spec, needs)[1]
     if kept is not None:
         return w.scaled(kept, grad_output)
     rate = grad_output.to(accumulate_dtype(*inputs)) * spec.likelihood.scale
-    with _matmul_precision(spec.precision, inputs):
+    with _products(spec.precision, inputs):
         return _walk(inputs, spec.likelihood, needs, rate, want_terms=False)[1]
 
 
 linear_nll = Op(forward, backward)
+
+
+def _backward_only_scales(inputs: LinearInputs, likelihood: Likelihood, needs: Needs) -> bool:
+    return likelihood.keep == 0 and any(needs) and not has_float16(inputs)
 
 
 def _walk(
@@ -74,7 +81,8 @@ def _walk(
     # A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
     operands = acc if operands == torch.float16 else operands
     left, right = h.to(operands), (weight if one else weight * p.to(acc).unsqueeze(1)).to(operands)
-    zeros = [torch.zeros_like(t, dtype=acc) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
+    new = partial(torch.zeros, dtype=acc, device=x.device)
+    zeros = [new(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
     d_h, d_x, d_weight, d_bias, _ = zeros
     each_row = want_terms and likelihood.keep > 0
     squares = torch.zeros(count if each_row else width, dtype=exact, device=x.device)  # summed over the others
@@ -156,17 +164,21 @@ def _product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str | None, inputs: LinearInputs) -> Iterator[None]:
-    """torch's setting for float32 products on a GPU; the products of "tf32x3" are nearer to float32's than to tf32's."""
+def _products(precision: str | None, inputs: LinearInputs) -> Iterator[None]:
+    """Products in the dtype of their factors, autocast or not.
+
+    On a GPU float32 products follow torch's setting; those of "tf32x3" are nearer to float32's than to tf32's.
+    """
     h, _, weight, _, _ = inputs
     if torch.promote_types(h.dtype, weight.dtype) == torch.float16:
         precision = "tf32"  # of what is float32 in order not to overflow
-    if precision is None or h.device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast(h.device.type, enabled=False):
+        if precision is None or h.device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

@@ -166,11 +166,14 @@ class _Checked:
     op: Op
     spec: Any = None  # of the forward pass, if it ran here: backward is held to it, whatever it is given
     ready: Oracle | None = None  # what the gradients are held to that the forward pass made, until they are handed over
+    roundings: int = 1  # of a gradient; 2 where it is made for an upstream gradient of 1, and scaled later
 
     def forward(self, inputs: Any, spec: Any, needs: Needs) -> tuple[tuple[Tensor | None, ...], Any]:
         outputs, kept = self.op.forward(inputs, spec, needs)
         oracle = Oracle(self.name, inputs, spec, needs)
-        self.spec, self.ready = spec, oracle if _holds_tensors(kept) else None
+        self.spec = spec
+        if _holds_tensors(kept):
+            self.ready, self.roundings = oracle, 2
         self.context._count("checked")
         self._compare("forward", {**inputs._asdict(), "spec": spec, "needs": needs}, OUTPUTS[self.name], outputs, oracle.values())
         return outputs, kept
@@ -188,7 +191,7 @@ class _Checked:
             names = [f"the gradient of {variance if field == 'variance' else field}" for field in inputs._fields]
             ups = {f"grad_{name}": up for name, up in zip(OUTPUTS[self.name], grad_outputs, strict=False)}
             given = {**inputs._asdict(), "spec": spec, **ups, "needs": needs}
-            self._compare("backward", given, names, got, truths, roundings=1 if ready is None else 2)
+            self._compare("backward", given, names, got, truths, self.roundings)
         return gradients
 
     def _compare(
