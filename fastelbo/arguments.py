@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, plain
 from .noise import check_seed, draw_seed
-from .specs import Factor
+from .specs import KL, Factor
 from .tracing import NUMBER
 
 
@@ -23,16 +24,44 @@ def symbolic(value: float, like: Tensor) -> Tensor:
     return torch.zeros((), dtype=accumulate_dtype(like), device=like.device) + value
 
 
-def factor(name: str, value: float | Tensor, like: Sequence[Tensor | None], device: torch.device) -> Factor:
-    """A factor in the dtype of the arithmetic: a product with a half-precision one would be rounded to its dtype."""
-    checks.factor(name, value, device)
-    return value.to(device, accumulate_dtype(*like)) if isinstance(value, Tensor) else value
+def factor(name: str, value: float | Tensor, like: Sequence[Tensor | None], device: torch.device, batch: int) -> Factor:
+    """A factor, () or (batch,), in the dtype of the arithmetic: a product with half precision would be rounded to its dtype."""
+    value = plain(value)
+    checks.factor(name, value, device, batch)
+    if not isinstance(value, Tensor):
+        return value
+    return (value.reshape(()) if value.ndim and value.shape[0] == 1 else value).to(device, accumulate_dtype(*like))
+
+
+def is_constant(beta: Factor) -> bool:
+    """Whether an op can take beta as one number: it gets no gradient there, and is the same for all samples."""
+    return not isinstance(beta, Tensor) or not (beta.ndim or beta.requires_grad)
+
+
+def of_samples(kl: KL) -> KL:
+    """The record of the same KL for each sample, unscaled."""
+    return kl._replace(keep=1, scale=1.0)
+
+
+def weighed(beta: Factor, kl: Tensor, spec: KL) -> tuple[Tensor, Tensor]:
+    """beta * kl and kl as `spec` reduces them, of a kl that is so reduced, or not yet where beta is one for each sample."""
+    product = beta * kl
+    if spec.keep or not (isinstance(beta, Tensor) and beta.ndim):
+        return product, kl
+    return product.sum() * spec.scale, kl.sum() * spec.scale
+
+
+def weight(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
+    """A bool mask or weights; integers, as attention masks are, count as numbers."""
+    checks.weight(name, value, to, t.shape, t.device)
+    return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
 
 def variance(name: str, parameter: str, value: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
     """A variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
     if value is None:
         return None, "logvar", 0.0
+    value = plain(value)
     checks.variance(name, parameter, value, recon)
     if isinstance(value, Tensor):
         return value, parameter, 0.0
@@ -45,6 +74,7 @@ def variance(name: str, parameter: str, value: float | Tensor | None, recon: Ten
 
 def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     """A prior's parameter in mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
+    value = plain(value)
     checks.prior(name, value, mu)
     if isinstance(value, NUMBER):
         if torch.compiler.is_compiling():
@@ -53,8 +83,45 @@ def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     assert isinstance(value, Tensor)
     if value.ndim == mu.ndim and value.shape == mu.shape:
         return value
-    # Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision.
-    return (value.float() if value.dtype.itemsize < 4 else value).expand(mu.shape)
+    return _expanded(value, mu.shape)
+
+
+def below_samples(x: Any, recon: Any) -> Any:
+    """x over the samples that are recon's first dimension, if recon has one more than x; otherwise x itself."""
+    are_tensors = isinstance(x, Tensor) and isinstance(recon, Tensor)
+    if not are_tensors or x.ndim != recon.ndim - 1 or recon.shape[1:] != x.shape:
+        return x
+    return _expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
+
+
+def samples_within(recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """recon `(samples, batch, ...)` as `(batch, samples, ...)`, and views of what broadcasts to it."""
+    out = [recon.transpose(0, 1), below_samples(x, recon).transpose(0, 1)]
+    for t in others:
+        if isinstance(t, Tensor) and t.ndim >= recon.ndim - 1:
+            t = t.unsqueeze(1) if t.ndim == recon.ndim - 1 else t.transpose(0, 1)
+        out.append(t)
+    return tuple(out)
+
+
+def against_priors(t: Tensor, *priors: Any) -> Tensor:
+    """mu or logvar, where the prior's tensors broadcast it; unchanged where the shapes do not fit, which a check says."""
+    shapes = [p.shape for p in priors if isinstance(p, Tensor)]
+    # Equal shapes first: in a trace each comparison of sizes is a condition on the batch.
+    if all(len(s) == t.ndim and s == t.shape for s in shapes):
+        return t
+    if all(len(s) <= t.ndim and all(m in (1, n) for m, n in zip(s[::-1], t.shape[::-1], strict=False)) for s in shapes):
+        return t
+    try:
+        shape = torch.broadcast_shapes(t.shape, *shapes)
+    except RuntimeError:
+        return t
+    return _expanded(t, shape)
+
+
+def _expanded(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision."""
+    return (t.float() if t.dtype.itemsize < 4 else t).expand(shape)
 
 
 def scale_of(

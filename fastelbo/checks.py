@@ -6,12 +6,14 @@ symbolic, hence the tuples of `tracing`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dtypes import plain
 from .tracing import INT, NUMBER
 
 FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -26,7 +28,8 @@ def tensor(name: str, t: Any, device: torch.device | None = None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        way_out = "" if t.is_complex() else f": {name}.float() converts it"
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}{way_out}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} is on {t.device}, but the first argument is on {device}: all tensors must share a device")
 
@@ -45,13 +48,16 @@ def broadcast(name: str, t: Tensor, to: str, shape: torch.Size) -> None:
         return
     lead = len(shape) - t.ndim
     if lead < 0 or any(n not in (1, m) for n, m in zip(t.shape, shape[lead:], strict=True)):
-        raise ValueError(f"{name} has shape {shape_of(t)}, which does not broadcast to the shape {tuple(shape)} of {to}")
+        # A mask of samples or of steps is the usual case.
+        way_out = f": write {name}[..., {', '.join(['None'] * lead)}]" if lead > 0 and t.shape == shape[: t.ndim] else ""
+        raise ValueError(f"{name} has shape {shape_of(t)}, which does not broadcast to the shape {tuple(shape)} of {to}{way_out}")
 
 
 def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
     """Check a reduction and batch_dims; return how many leading dimensions the sum keeps."""
     if name not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}")
+    batch_dims = plain(batch_dims)
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
         raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
     if not 0 <= batch_dims <= ndim:
@@ -59,36 +65,38 @@ def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
     return batch_dims if name == "none" else 0
 
 
-def weight(value: Any, to: str, shape: torch.Size, device: torch.device) -> None:
+def weight(name: str, value: Any, to: str, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor or None, got {type(value).__name__}")
-    if value.dtype != torch.bool:
-        tensor("weight", value, device)
-    elif value.device != device:
-        raise ValueError(f"weight is on {value.device}, but the first argument is on {device}: all tensors must share a device")
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
+    if value.is_complex() or (value.is_floating_point() and value.dtype not in FLOATING):
+        raise TypeError(f"{name} must be a bool mask, integers or float16 to float64, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: all tensors must share a device")
     if value.requires_grad:
-        raise ValueError("weight requires grad, but is a constant here: detach it, or weigh the result of reduction='none'")
-    broadcast("weight", value, to, shape)
+        raise ValueError(f"{name} requires grad, but is a constant here: detach it, or weigh the result of reduction='none'")
+    broadcast(name, value, to, shape)
 
 
-def factor(name: str, value: Any, device: torch.device) -> None:
-    """A run-time factor: a number, or a 0-d tensor on the inputs' device or the CPU, which gets no gradient."""
+def factor(name: str, value: Any, device: torch.device, batch: int) -> None:
+    """A run-time factor: a number, or a real tensor of one value or of one for each sample, on the inputs' device or the CPU."""
     if isinstance(value, Tensor):
-        if value.ndim != 0 or value.is_complex():
-            raise ValueError(f"{name} must be a number or a 0-d real tensor, got shape {shape_of(value)} of {value.dtype}")
-        if value.requires_grad:
-            raise ValueError(f"{name} requires grad, but is a constant here: detach it, or combine the terms of elbo_terms")
+        if value.is_complex() or value.ndim > 1 or (value.ndim and value.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"{name} must be a number or a real tensor of shape (), (1,) or (batch,) = ({batch},), "
+                f"got shape {shape_of(value)} of {value.dtype}"
+            )
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"{name} is on {value.device}, but the first argument is on {device}: it must be there or on the CPU")
     elif isinstance(value, bool) or not isinstance(value, NUMBER):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
 
 
 def clamp(value: Any) -> tuple[float, float]:
-    numbers = isinstance(value, (tuple, list)) and len(value) == 2
-    if not numbers or any(isinstance(c, bool) or not isinstance(c, NUMBER) for c in value):
-        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers or None, got {value!r}")
-    lo, hi = float(value[0]), float(value[1])
+    """The two edges; None is none."""
+    edges = [plain(c) for c in value] if isinstance(value, (tuple, list)) else []
+    if len(edges) != 2 or any(c is not None and (isinstance(c, bool) or not isinstance(c, NUMBER)) for c in edges):
+        raise TypeError(f"logvar_clamp must be a pair (lo, hi) of numbers, one of which may be None, or None, got {value!r}")
+    lo, hi = (unset if c is None else float(c) for c, unset in zip(edges, (-math.inf, math.inf), strict=True))
     if not lo <= hi:
         raise ValueError(f"logvar_clamp must be (lo, hi) with lo <= hi, got ({lo}, {hi})")
     return lo, hi

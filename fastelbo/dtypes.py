@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+
+
+def plain(value: Any) -> Any:
+    """A NumPy number or 0-d array as the Python number that it holds; everything else as it is."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and not value.ndim else value
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, checks
-from .functional import gaussian_nll, reparameterize_kl
+from .dtypes import plain
+from .functional import Clamp, gaussian_nll, reparameterize_kl
+from .specs import KL
 
 
 def sgvb_loss(
@@ -23,8 +25,9 @@ def sgvb_loss(
     prior_logvar: Tensor | float | None = None,
     beta: float | Tensor = 1.0,
     full: bool = True,
-    logvar_clamp: tuple[float, float] | None = None,
+    logvar_clamp: Clamp = None,
     weight: Tensor | None = None,
+    kl_weight: Tensor | None = None,
     reduction: str = "batchmean",
     return_terms: bool = False,
     eps: Tensor | None = None,
@@ -44,7 +47,7 @@ def sgvb_loss(
         num_samples: L, samples of z per data point.
         recon_logvar: Log-variance of the likelihood where the decoder returns none, as in `elbo_loss`.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
-        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, reduction, return_terms, impl: As in `elbo_loss`.
+        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, reduction, return_terms, impl: As in `elbo_loss`.
 
     Returns:
         The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`
@@ -54,7 +57,7 @@ def sgvb_loss(
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
     checks.tensor("x", x)
-    checks.factor("beta", beta, x.device)
+    num_samples = plain(num_samples)
     checks.samples(num_samples)
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
@@ -64,15 +67,19 @@ def sgvb_loss(
     checks.tensor("mu", mu, x.device)
     if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
+    beta = arguments.factor("beta", beta, (x, mu, logvar), x.device, x.shape[0])
     if weight is not None:
-        checks.weight(weight, "x", x.shape, x.device)
+        weight = arguments.weight("weight", weight, "x", x)
+    if kl_weight is not None:
+        kl_weight = arguments.weight("kl_weight", kl_weight, "mu", mu)
     if num_samples == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:
         samples = num_samples
+    each = isinstance(beta, Tensor) and beta.ndim > 0
     z, kl = reparameterize_kl(
         mu, logvar, prior_mu, prior_logvar, num_samples=samples, eps=eps, seed=seed, generator=generator, logvar_clamp=logvar_clamp,
-        reduction=reduction, impl=impl,
+        weight=kl_weight, reduction="none" if each else reduction, impl=impl,
     )  # fmt: skip
     out = decoder(z if samples is None else z.flatten(0, 1))
     if isinstance(out, tuple):
@@ -99,7 +106,9 @@ def sgvb_loss(
         nll = nll.mean(0)
     elif reduction == "sum":
         nll = nll / num_samples
-    loss = nll + arguments.factor("beta", beta, (nll, kl), x.device) * kl
+    spec = KL(1 if reduction == "none" else 0, arguments.scale_of(reduction, 1, mu.shape, kl_weight, (mu, logvar)))
+    weighed, kl = arguments.weighed(beta, kl, spec)
+    loss = nll + weighed
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
 
 

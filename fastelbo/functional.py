@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks
-from .dtypes import on_host
+from .dtypes import on_host, plain
 from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import FLOAT, is_transformed, one_node
+
+Clamp = tuple[float | None, float | None] | None
 
 
 def reparameterised(
@@ -34,14 +36,14 @@ def reparameterised(
     return z, kl * scale if traced and spec.want_kl else kl
 
 
-def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any) -> LatentInputs:
-    """Check what a KL takes, and return it without noise."""
+def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, name: str = "weight") -> LatentInputs:
+    """Check what a KL takes, and return it without noise. The weight has a name of its own beside another one."""
     if prior_mu is not None:
         prior_mu = arguments.prior("prior_mu", prior_mu, mu)
     if prior_logvar is not None:
         prior_logvar = arguments.prior("prior_logvar", prior_logvar, mu)
     if weight is not None:
-        checks.weight(weight, "mu", mu.shape, mu.device)
+        weight = arguments.weight(name, weight, "mu", mu)
     return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
 
 
@@ -86,6 +88,7 @@ def reparameterize(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
     checks.pair("mu", mu, "logvar", logvar)
+    num_samples = plain(num_samples)
     eps, seed = arguments.noise(mu, num_samples, eps, seed, generator)
     inputs = LatentInputs(mu, logvar, None, None, None, eps, seed)
     return reparameterised(inputs, Latent(want_kl=False, num_samples=num_samples), impl)[0]
@@ -102,7 +105,7 @@ def reparameterize_kl(
     eps: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    logvar_clamp: tuple[float, float] | None = None,
+    logvar_clamp: Clamp = None,
     weight: Tensor | None = None,
     reduction: str = "none",
     batch_dims: int = 1,
@@ -122,6 +125,7 @@ def reparameterize_kl(
     checks.pair("mu", mu, "logvar", logvar)
     inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
     kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
+    num_samples = plain(num_samples)
     noise = arguments.noise(mu, num_samples, eps, seed, generator)  # drawn when nothing is left that could be refused
     return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=num_samples), impl)
 
@@ -133,7 +137,7 @@ def gaussian_kl(
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
     *,
-    logvar_clamp: tuple[float, float] | None = None,
+    logvar_clamp: Clamp = None,
     weight: Tensor | None = None,
     reduction: str = "none",
     batch_dims: int = 1,
@@ -147,11 +151,13 @@ def gaussian_kl(
     Args:
         mu: Means, of any shape and floating dtype.
         logvar: Log-variances, of mu's shape.
-        prior_mu: Mean of the prior: a number or a tensor that broadcasts to mu; None is 0.
+        prior_mu: Mean of the prior: a number or a tensor; None is 0. mu and the prior's tensors broadcast against each other, so
+            that mu `(batch, 1, latents)` and prior_mu `(components, latents)` give the KL to each component.
         prior_logvar: Log-variance of the prior, likewise; None is 0.
-        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside, as latent-diffusion code does.
-        weight: A bool mask or floating weights that broadcast to mu; a constant. Where it is 0 the element is absent: a NaN under
-            it reaches neither loss nor gradient.
+        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside, as latent-diffusion code does; an edge of
+            None is no bound.
+        weight: A bool mask or weights that broadcast to mu; a constant. Where it is 0 the element is absent: a NaN under it reaches
+            neither loss nor gradient. A "mean" over nothing, as under a mask that is all False, is NaN.
         reduction: "none" sums all but the first `batch_dims` dimensions; "batchmean" is the mean of those sums over the batch;
             "sum" sums everything; "mean" divides by the number of elements, or by the sum of the weights.
         batch_dims: How many leading dimensions are the batch. With "none" and `batch_dims=mu.ndim` nothing is summed.
@@ -164,6 +170,8 @@ def gaussian_kl(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     checks.pair("mu", mu, "logvar", logvar)
+    if isinstance(prior_mu, Tensor) or isinstance(prior_logvar, Tensor):
+        mu, logvar = (arguments.against_priors(t, prior_mu, prior_logvar) for t in (mu, logvar))
     inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
     return reparameterised(inputs, Latent(kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
 
@@ -198,12 +206,12 @@ def gaussian_nll(
 
     Args:
         recon: Means, of any shape and floating dtype.
-        x: Data, of recon's shape.
+        x: Data, of recon's shape, or of recon's shape without its first dimension, which holds samples: x is not copied then.
         logvar, std, var: The variance, in at most one of three forms: a number, or a tensor (0-d, per channel, per sample, per
             element) that broadcasts to recon. With none of them it is 1. Tensors are not checked for sign.
         full: Include the constant (1/2) log 2 pi per element, so that the value is the likelihood's.
-        weight: A bool mask or floating weights that broadcast to recon; a constant. Where it is 0 the element is absent: a NaN
-            under it reaches neither loss nor gradient.
+        weight: A bool mask or weights that broadcast to recon; a constant. Where it is 0 the element is absent: a NaN under it
+            reaches neither loss nor gradient. A "mean" over nothing, as under a mask that is all False, is NaN.
         reduction: "none" sums all but the first `batch_dims` dimensions; "batchmean" is the mean of those sums over the batch;
             "sum" sums everything; "mean" divides by the number of elements, or by the sum of the weights.
         batch_dims: How many leading dimensions are the batch. With "none" and `batch_dims=recon.ndim` nothing is summed.
@@ -216,6 +224,7 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two forms of variance are given.
     """
+    x = arguments.below_samples(x, recon)
     checks.pair("recon", recon, "x", x)
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
@@ -223,7 +232,7 @@ def gaussian_nll(
     name, value = next(iter(given.items()), ("logvar", None))
     variance, parameter, number = arguments.variance(name, name, value, recon)
     if weight is not None:
-        checks.weight(weight, "recon", recon.shape, recon.device)
+        weight = arguments.weight("weight", weight, "recon", recon)
     keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
     scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
     return _nll(NLLInputs(recon, x, variance, weight), Likelihood(keep, scale, parameter, number, bool(full)), impl)
@@ -295,10 +304,15 @@ def gaussian_nll_loss(
 
 
 def _elbo(
-    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weight: Any, reduction: str, full: bool, logvar_clamp: Any
-) -> tuple[ElboInputs, Elbo]:
+    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weights: tuple[Any, Any], reduction: str, full: bool,
+    logvar_clamp: Any,
+) -> tuple[ElboInputs, Elbo]:  # fmt: skip
     """Check what elbo_loss and elbo_terms share, and return it as records."""
-    recon, x, mu, logvar = tensors
+    (recon, x, mu, logvar), (weight, kl_weight) = tensors, weights
+    samples = 1
+    if arguments.below_samples(x, recon) is not x:
+        samples = recon.shape[0]
+        recon, x, recon_logvar, weight = arguments.samples_within(recon, x, recon_logvar, weight)
     checks.pair("recon", recon, "x", x)
     checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:
@@ -309,11 +323,13 @@ def _elbo(
         )
     variance, _, number = arguments.variance("recon_logvar", "logvar", recon_logvar, recon)
     if weight is not None:
-        checks.weight(weight, "recon", recon.shape, recon.device)
-    latent = posterior(mu, logvar, *prior, None)
-    inputs = ElboInputs(recon, x, variance, *latent[:4], weight)
+        weight = arguments.weight("weight", weight, "recon", recon)
+    latent = posterior(mu, logvar, *prior, kl_weight, "kl_weight")
+    inputs = ElboInputs(recon, x, variance, *latent[:4], weight, latent.weight)
     kl = kl_of(latent, reduction, 1, logvar_clamp)
     scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
+    if reduction != "mean":
+        scale = scale / samples
     return inputs, Elbo(Likelihood(kl.keep, scale, logvar=number, full=bool(full)), kl)
 
 
@@ -336,8 +352,9 @@ def elbo_terms(
     prior_mu: Tensor | float | None = None,
     prior_logvar: Tensor | float | None = None,
     full: bool = True,
-    logvar_clamp: tuple[float, float] | None = None,
+    logvar_clamp: Clamp = None,
     weight: Tensor | None = None,
+    kl_weight: Tensor | None = None,
     reduction: str = "batchmean",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -350,7 +367,7 @@ def elbo_terms(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, weight, reduction, full, logvar_clamp)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp)
     return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
 
 
@@ -366,8 +383,9 @@ def elbo_loss(
     prior_logvar: Tensor | float | None = None,
     beta: float | Tensor = 1.0,
     full: bool = True,
-    logvar_clamp: tuple[float, float] | None = None,
+    logvar_clamp: Clamp = None,
     weight: Tensor | None = None,
+    kl_weight: Tensor | None = None,
     reduction: str = "batchmean",
     return_terms: bool = False,
     impl: str | None = None,
@@ -378,18 +396,21 @@ def elbo_loss(
     the inputs, so a training step reads and writes the least that it can.
 
     Args:
-        recon: The decoder's mean, `(batch, ...)`.
-        x: Data, of recon's shape.
+        recon: The decoder's mean, `(batch, ...)`; or one for each of L samples of z, `(L, batch, ...)`, over which the likelihood
+            is averaged (equation 10 with L samples).
+        x: Data, `(batch, ...)`.
         mu: Means of the posterior, `(batch, ...)`, with any latent shape.
         logvar: Log-variances of the posterior, of mu's shape.
         recon_logvar: Log-variance of the likelihood: None is unit variance; a number; or a tensor, learned or not, that
             broadcasts to recon (0-d, per channel, per dimension, per sample, per element).
         prior_mu, prior_logvar: The prior: numbers or tensors that broadcast to mu; None is 0. They may be learned.
-        beta: Weight of the KL: a number or a 0-d tensor. A run-time value: changing it neither recompiles nor synchronises.
+        beta: Weight of the KL: a number, or a tensor of one value or of one for each sample, `(batch,)`, learned or not. A run-time
+            value: changing it neither recompiles nor synchronises.
         full: Include the constant (1/2) log 2 pi per element, so that the value is in nats.
-        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside.
-        weight: A bool mask or floating weights of the likelihood terms, broadcastable to recon; a constant. Where it is 0 the
-            element is absent, NaN or not. The KL is not weighted.
+        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside; None for one of the two is no bound.
+        weight: A bool mask or weights of the likelihood terms, broadcastable to recon; a constant. Where it is 0 the element is
+            absent, NaN or not.
+        kl_weight: The same of the KL's terms, broadcastable to mu, as for the steps of a sequence.
         reduction: "batchmean" is the mean over samples of the per-sample loss (the ELBO's own convention); "none" is per sample,
             `(batch,)`; "sum" sums everything; "mean" averages each term over its own elements (or weights), which makes the
             effective beta depend on the sizes: see `effective_beta`.
@@ -397,19 +418,22 @@ def elbo_loss(
         impl: None or "auto", "triton", "torch", "reference".
 
     Returns:
-        The loss, differentiable in recon, x, mu, logvar, recon_logvar and the prior.
+        The loss, differentiable in recon, x, mu, logvar, recon_logvar, the prior and beta.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, weight, reduction, full, logvar_clamp)
-    beta = arguments.factor("beta", beta, inputs[:7], recon.device)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp)
+    beta = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
-    # Per-sample losses meet upstream gradients that vary by row, and a trace keeps no state: both go through the terms.
-    if reduction == "none" or torch.compiler.is_compiling():
-        nll, kl = _terms(chosen, spec, inputs)
-        loss = nll + beta * kl
+    # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go
+    # through the terms.
+    if reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(beta):
+        kl_spec = arguments.of_samples(spec.kl) if isinstance(beta, Tensor) and beta.ndim else spec.kl
+        nll, kl = _terms(chosen, spec._replace(kl=kl_spec), inputs)
+        weighed, kl = arguments.weighed(beta, kl, spec.kl)
+        loss = nll + weighed
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
     spec = Elbo(spec.likelihood, spec.kl, beta, bool(return_terms))
     outputs = autograd.call(autograd.Elbo, chosen, spec, inputs)

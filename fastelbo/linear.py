@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks, composed
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, plain
 from .functional import posterior, reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
 from .tracing import one_node
@@ -262,16 +262,24 @@ def linear_elbo_loss(
         )
     prior = posterior(mu, logvar, prior_mu, prior_logvar, None)[2:4]
     keep = checks.kept_dims(reduction, 1, 2)
+    num_samples = plain(num_samples)
     noise = arguments.noise(mu, num_samples, eps, seed, generator)
     inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *noise)
-    beta = arguments.factor("beta", beta, inputs[:8], x.device)
+    beta = arguments.factor("beta", beta, inputs[:8], x.device, x.shape[0])
     scale, kl_scale = (arguments.scale_of(reduction, 1, t.shape) for t in (x, mu))
     likelihood = Likelihood(keep, scale / (num_samples or 1), logvar=number, full=bool(full))
     spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), num_samples, beta, return_terms)
     chosen = backend.choose_linear(impl, inputs, num_samples)
-    if chosen is not None and torch.compiler.is_compiling():
-        outputs: Any = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl)).forward(inputs, spec, (False,) * 8)[0]
-        outputs = (outputs[0], *(t.detach() for t in outputs[1:]))
+    outputs: Any
+    if chosen is not None and (torch.compiler.is_compiling() or not arguments.is_constant(beta)):
+        of_kl = arguments.of_samples(spec.kl) if isinstance(beta, Tensor) and beta.ndim else spec.kl
+        apart = spec._replace(kl=of_kl, beta=1.0, return_terms=True)
+        of_both = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl))
+        nll, kl = of_both.forward(inputs, apart, (False,) * 8)[0][1:]
+        assert nll is not None
+        assert kl is not None
+        weighed, kl = arguments.weighed(beta, kl, spec.kl)
+        outputs = (nll + weighed, nll.detach(), kl.detach())
     else:
         outputs = autograd.call(autograd.LinearElbo, chosen, spec, inputs)
     return outputs if return_terms else outputs[0]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .dtypes import on_host
+from .dtypes import on_host, plain
 from .tracing import INT
 
 __all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
@@ -48,12 +48,13 @@ def check_seed(seed: int | Tensor, device: torch.device | str | None = None) -> 
         if seed.device.type not in ("cpu", device.type):
             raise ValueError(f"seed is on {seed.device}, expected it on {device} or on the CPU")
         return seed.to(device, non_blocking=True)
-    if isinstance(seed, bool) or not isinstance(seed, INT):
+    number = plain(seed)
+    if isinstance(number, bool) or not isinstance(number, INT):
         raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must lie in [-2**63, 2**64), got {number}")
     # A fill, not a copy from the host: it can be captured in a CUDA graph.
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+    return torch.full((), number if number < 2**63 else number - 2**64, dtype=torch.int64, device=device)
 
 
 def philox_normal(

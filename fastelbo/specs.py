@@ -113,6 +113,7 @@ class ElboInputs(NamedTuple):
     prior_mu: Tensor | None
     prior_logvar: Tensor | None
     weight: Tensor | None  # of the likelihood
+    kl_weight: Tensor | None = None
 
     @property
     def nll(self) -> NLLInputs:
@@ -120,7 +121,7 @@ class ElboInputs(NamedTuple):
 
     @property
     def latent(self) -> LatentInputs:
-        return LatentInputs(self.mu, self.logvar, self.prior_mu, self.prior_logvar)
+        return LatentInputs(self.mu, self.logvar, self.prior_mu, self.prior_logvar, self.kl_weight)
 
 
 class LinearInputs(NamedTuple):

@@ -75,7 +75,7 @@ def test_latent_shapes_and_devices(fn: str) -> None:
 
 @pytest.mark.parametrize("fn", list(LIKELIHOOD))
 def test_likelihood_shapes_and_devices(fn: str) -> None:
-    for bad in (torch.zeros(3, 2, 4), torch.zeros(1, 2, 5), torch.zeros(2, 5), torch.zeros(())):
+    for bad in (torch.zeros(3, 2, 4), torch.zeros(1, 2, 5), torch.zeros(2, 4), torch.zeros(5), torch.zeros(())):
         raises(ValueError, "x has shape", lambda b=bad: LIKELIHOOD[fn](X, b), says=str(tuple(bad.shape)))
     raises(ValueError, "x", lambda: LIKELIHOOD[fn](X, torch.zeros(3, 2, 5, device="meta")), says="meta")
     name = "logvar" if fn == "gaussian_nll" else "recon_logvar"
@@ -91,7 +91,7 @@ def test_likelihood_shapes_and_devices(fn: str) -> None:
 @pytest.mark.parametrize("fn", ["gaussian_kl", "reparameterize_kl", "elbo_loss", "elbo_terms", "sgvb_loss"])
 @pytest.mark.parametrize("name", ["prior_mu", "prior_logvar"])
 def test_priors(fn: str, name: str) -> None:
-    for value in (torch.zeros(3), torch.zeros(4, 4), torch.zeros(2, 3, 4)):
+    for value in (torch.zeros(3), torch.zeros(4, 4), torch.zeros(2, 3, 5 if fn == "gaussian_kl" else 4)):
         raises(ValueError, name, lambda v=value: LATENT[fn](M, S, **{name: v}), says=str(tuple(value.shape)))
     raises(ValueError, name, lambda: LATENT[fn](M, S, **{name: META}), says="meta")
     for value in ("0", [0.0], True, 1j):
@@ -105,7 +105,7 @@ def test_weights(fn: str) -> None:
     shape = (3, 4) if fn in ("gaussian_kl", "reparameterize_kl") else (3, 2, 5)
     raises(TypeError, "weight", lambda: call(weight=1.0), says="float")
     raises(TypeError, "weight", lambda: call(weight=[1.0]), says="list")
-    raises(TypeError, "weight", lambda: call(weight=torch.ones(shape, dtype=torch.int64)), says="int64")
+    raises(TypeError, "weight", lambda: call(weight=torch.ones(shape, dtype=torch.complex64)), says="complex64")
     raises(ValueError, "weight", lambda: call(weight=torch.ones(7)), says="(7,)")
     raises(ValueError, "weight", lambda: call(weight=torch.ones(2, 7, *shape)), says="(2, 7")
     raises(ValueError, "weight", lambda: call(weight=torch.ones(shape, requires_grad=True)), says="requires grad")
@@ -133,7 +133,7 @@ def test_batch_dims(fn: str) -> None:
 def test_clamps(fn: str) -> None:
     for bad in ((1.0, 0.0), (math.nan, 1.0), (0.0, math.nan)):
         raises(ValueError, "logvar_clamp", lambda b=bad: LATENT[fn](M, S, logvar_clamp=b))
-    for wrong in (3.0, "ab", (1.0,), (0.0, 1.0, 2.0), (None, 1.0), ("a", "b"), torch.zeros(2), (torch.zeros(3), 1.0)):
+    for wrong in (3.0, "ab", (1.0,), (0.0, 1.0, 2.0), (None, "1"), ("a", "b"), torch.zeros(2), (torch.zeros(3), 1.0)):
         raises((TypeError, ValueError), "logvar_clamp", lambda b=wrong: LATENT[fn](M, S, logvar_clamp=b))
 
 
@@ -185,10 +185,9 @@ def test_variance_forms(form: str) -> None:
 def test_beta(fn: str) -> None:
     for bad in ("1", None, [1.0], True, 1j):
         raises(TypeError, "beta", lambda b=bad: LATENT[fn](M, S, beta=b), says=type(bad).__name__)
-    raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones(3)), says="(3,)")
-    raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones(1)), says="(1,)")
+    raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones(2)), says="(2,)")
+    raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones(3, 1)), says="(3, 1)")
     raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones((), dtype=torch.complex64)), says="complex64")
-    raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones((), requires_grad=True)), says="requires grad")
     raises(ValueError, "beta", lambda: LATENT[fn](M, S, beta=torch.ones((), device="meta")), says="meta")
 
 
