@@ -17,6 +17,7 @@ from .dtypes import accumulate_dtype, plain
 from .noise import check_seed, draw_seed
 from .specs import KL, Factor
 from .tracing import NUMBER
+from .types import Number, Seed
 
 
 def symbolic(value: float, like: Tensor) -> Tensor:
@@ -24,13 +25,13 @@ def symbolic(value: float, like: Tensor) -> Tensor:
     return torch.zeros((), dtype=accumulate_dtype(like), device=like.device) + value
 
 
-def factor(name: str, value: float | Tensor, like: Sequence[Tensor | None], device: torch.device, batch: int) -> Factor:
+def factor(name: str, value: Tensor | Number, like: Sequence[Tensor | None], device: torch.device, batch: int) -> Factor:
     """A factor, () or (batch,), in the dtype of the arithmetic: a product with half precision would be rounded to its dtype."""
-    value = plain(value)
-    checks.factor(name, value, device, batch)
-    if not isinstance(value, Tensor):
-        return value
-    return (value.reshape(()) if value.ndim and value.shape[0] == 1 else value).to(device, accumulate_dtype(*like))
+    beta: Factor = plain(value)
+    checks.factor(name, beta, device, batch)
+    if not isinstance(beta, Tensor):
+        return beta
+    return (beta.reshape(()) if beta.ndim and beta.shape[0] == 1 else beta).to(device, accumulate_dtype(*like))
 
 
 def is_constant(beta: Factor) -> bool:
@@ -57,7 +58,7 @@ def weight(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
     return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
 
-def variance(name: str, parameter: str, value: float | Tensor | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
+def variance(name: str, parameter: str, value: Tensor | Number | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
     """A variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
     if value is None:
         return None, "logvar", 0.0
@@ -142,7 +143,7 @@ def scale_of(
 
 
 def noise(
-    mu: Tensor, num_samples: int | None, eps: Tensor | None, seed: int | Tensor | None, generator: torch.Generator | None
+    mu: Tensor, num_samples: int | None, eps: Tensor | None, seed: Seed | None, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the sources of noise and return it as (eps, None) or as (None, seed), by the rule that the README tabulates."""
     if num_samples is None:
@@ -158,8 +159,7 @@ def noise(
     if mu.device.type == "cuda":
         return None, draw_seed(mu.device, generator)
     # What `randn_like` gave the code before the swap, so that torch.manual_seed reproduces it.
-    if num_samples is not None:
-        return torch.randn(shape, generator=generator, dtype=mu.dtype, device=mu.device), None
-    if generator is not None:
-        return torch.empty_like(mu, requires_grad=False).normal_(generator=generator), None
-    return torch.randn_like(mu, requires_grad=False), None
+    if num_samples is None and generator is None:
+        return torch.randn_like(mu, requires_grad=False), None
+    noise = torch.empty_like(mu, requires_grad=False) if num_samples is None else mu.new_empty(shape)
+    return noise.normal_(generator=generator), None

@@ -36,7 +36,7 @@ from .tracing import are_batched, is_transformed
 Outputs = tuple[Tensor | None, ...]
 
 
-def _is_differentiated(grad_outputs: Sequence[Tensor | None]) -> bool:
+def _is_differentiated(grad_outputs: Sequence[Tensor]) -> bool:
     """Whether this backward is itself differentiated or batched. A traced one never is (and Dynamo traces with grad mode on)."""
     if torch.compiler.is_compiling():
         return False
@@ -93,9 +93,10 @@ class _Fused(Function):
         inputs = cls.inputs(*ctx.saved_tensors)
         needs = ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE[cls.inputs]]
         rest = (None,) * (len(inputs) - len(needs))
-        if all(g is None for g in grad_outputs):
+        given = [g for g in grad_outputs if g is not None]
+        if not given:
             return None, None, *(None,) * len(needs), *rest
-        if _is_differentiated(grad_outputs):
+        if _is_differentiated(given):
             expression = lambda *tensors: cls.expression(cls.inputs(*tensors), ctx.spec)  # noqa: E731
             return None, None, *_differentiate(expression, inputs, needs, grad_outputs), *rest
         return None, None, *ctx.op.backward(inputs, ctx.spec, grad_outputs, needs, kept), *rest
@@ -149,10 +150,11 @@ class PackedLatent(Function):
         kept, ctx.kept = ctx.kept, None
         moments, *others = ctx.saved_tensors
         _, _, _, need, need_prior_mu, need_prior_logvar, *_ = ctx.needs_input_grad
-        if all(g is None for g in grad_outputs):
+        given = [g for g in grad_outputs if g is not None]
+        if not given:
             return (None,) * 9
         grads: Outputs
-        if _is_differentiated(grad_outputs):
+        if _is_differentiated(given):
 
             def expression(moments: Tensor, *others: Tensor | None) -> Outputs:
                 return reference.latent(LatentInputs(*moments.chunk(2, ctx.dim), *others), ctx.spec)

@@ -57,7 +57,7 @@ def kept_dims(name: str, batch_dims: int, ndim: int) -> int:
     """Check a reduction and batch_dims; return how many leading dimensions the sum keeps."""
     if name not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {name!r}")
-    batch_dims = plain(batch_dims)
+    batch_dims = batch_dims if type(batch_dims) is int else plain(batch_dims)
     if isinstance(batch_dims, bool) or not isinstance(batch_dims, INT):
         raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
     if not 0 <= batch_dims <= ndim:

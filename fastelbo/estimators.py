@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, checks
 from .dtypes import plain
-from .functional import Clamp, gaussian_nll, reparameterize_kl
+from .functional import gaussian_nll, reparameterize_kl
 from .specs import KL
+from .types import Clamp, Impl, Int, Number, Reduction, Seed, SgvbOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+Decoder = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+
+
+@overload
+def sgvb_loss(
+    decoder: Decoder, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: Literal[False] = False, **options: Unpack[SgvbOptions]
+) -> Tensor: ...
+
+
+@overload
+def sgvb_loss(
+    decoder: Decoder, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: Literal[True], **options: Unpack[SgvbOptions]
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def sgvb_loss(
+    decoder: Decoder, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: bool, **options: Unpack[SgvbOptions]
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 
 
 def sgvb_loss(
-    decoder: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+    decoder: Decoder,
     x: Tensor,
     mu: Tensor,
     logvar: Tensor,
     *,
-    num_samples: int = 1,
-    recon_logvar: Tensor | float | None = None,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
-    beta: float | Tensor = 1.0,
+    num_samples: Int = 1,
+    recon_logvar: Tensor | Number | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
+    beta: Tensor | Number = 1.0,
     full: bool = True,
-    logvar_clamp: Clamp = None,
+    logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     return_terms: bool = False,
     eps: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: Seed | None = None,
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The SGVB estimate of the negative ELBO, -(1/L) sum_l log p(x|z_l) + beta * KL: Kingma & Welling 2014, equation 10.
 
@@ -57,8 +83,8 @@ def sgvb_loss(
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
     checks.tensor("x", x)
-    num_samples = plain(num_samples)
-    checks.samples(num_samples)
+    count: int = plain(num_samples)
+    checks.samples(count)
     if not callable(decoder):
         raise TypeError(f"decoder must be callable, got {type(decoder).__name__}")
     if eps is not None:
@@ -67,16 +93,16 @@ def sgvb_loss(
     checks.tensor("mu", mu, x.device)
     if x.ndim == 0 or mu.ndim == 0 or x.shape[0] != mu.shape[0]:
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
-    beta = arguments.factor("beta", beta, (x, mu, logvar), x.device, x.shape[0])
+    factor = arguments.factor("beta", beta, (x, mu, logvar), x.device, x.shape[0])
     if weight is not None:
         weight = arguments.weight("weight", weight, "x", x)
     if kl_weight is not None:
         kl_weight = arguments.weight("kl_weight", kl_weight, "mu", mu)
-    if num_samples == 1 and (eps is None or eps.shape == mu.shape):
+    if count == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:
-        samples = num_samples
-    each = isinstance(beta, Tensor) and beta.ndim > 0
+        samples = count
+    each = isinstance(factor, Tensor) and factor.ndim > 0
     z, kl = reparameterize_kl(
         mu, logvar, prior_mu, prior_logvar, num_samples=samples, eps=eps, seed=seed, generator=generator, logvar_clamp=logvar_clamp,
         weight=kl_weight, reduction="none" if each else reduction, impl=impl,
@@ -91,13 +117,13 @@ def sgvb_loss(
     else:
         recon = out
     checks.tensor("decoder(z)", recon, x.device)
-    expected = (num_samples * x.shape[0], *x.shape[1:])
+    expected = (count * x.shape[0], *x.shape[1:])
     if tuple(recon.shape) != expected:
         raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
     # Samples become a leading dimension, over which x and the weights are read again and not copied.
-    lead = (num_samples, *x.shape)
+    lead = (count, *x.shape)
     if isinstance(recon_logvar, Tensor) and recon_logvar.ndim == recon.ndim and recon_logvar.shape[0] == expected[0]:
-        recon_logvar = recon_logvar.view(num_samples, x.shape[0], *recon_logvar.shape[1:])
+        recon_logvar = recon_logvar.view(count, x.shape[0], *recon_logvar.shape[1:])
     nll = gaussian_nll(
         recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2,
         impl=impl,
@@ -105,9 +131,9 @@ def sgvb_loss(
     if reduction == "none":
         nll = nll.mean(0)
     elif reduction == "sum":
-        nll = nll / num_samples
+        nll = nll / count
     spec = KL(1 if reduction == "none" else 0, arguments.scale_of(reduction, 1, mu.shape, kl_weight, (mu, logvar)))
-    weighed, kl = arguments.weighed(beta, kl, spec)
+    weighed, kl = arguments.weighed(factor, kl, spec)
     loss = nll + weighed
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
 
@@ -117,8 +143,8 @@ def effective_beta(
     *,
     elements: int,
     latents: int | None = None,
-    recon_reduction: str = "mean",
-    kl_reduction: str = "batchmean",
+    recon_reduction: Reduction = "mean",
+    kl_reduction: Reduction = "batchmean",
     variance: float = 1.0,
     batch_size: int | None = None,
 ) -> float:

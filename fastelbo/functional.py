@@ -7,7 +7,7 @@ is). Half precision is widened before any arithmetic. No input is written to. Gr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from . import arguments, autograd, backend, checks
 from .dtypes import on_host, plain
 from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import FLOAT, is_transformed, one_node
+from .types import Clamp, ElboOptions, Impl, Int, Number, Reduction, Seed
 
-Clamp = tuple[float | None, float | None] | None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def reparameterised(
-    inputs: LatentInputs, spec: Latent, impl: str | None, packed: tuple[Tensor, int] | None = None
+    inputs: LatentInputs, spec: Latent, impl: Impl | None, packed: tuple[Tensor, int] | None = None
 ) -> tuple[Any, Any]:
     """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and logvar are the halves of moments."""
     chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
@@ -47,7 +49,7 @@ def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weig
     return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
 
 
-def kl_of(inputs: LatentInputs, reduction: str, batch_dims: int, logvar_clamp: Any) -> KL:
+def kl_of(inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any) -> KL:
     """Check the options of a KL, and return its record."""
     keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
     scale = arguments.scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, inputs[:4])
@@ -61,12 +63,12 @@ def kl_of(inputs: LatentInputs, reduction: str, batch_dims: int, logvar_clamp: A
 def reparameterize(
     mu: Tensor,
     logvar: Tensor,
-    num_samples: int | None = None,
+    num_samples: Int | None = None,
     *,
     eps: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: Seed | None = None,
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, I): Kingma & Welling 2014, section 2.4.
 
@@ -88,28 +90,28 @@ def reparameterize(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
     checks.pair("mu", mu, "logvar", logvar)
-    num_samples = plain(num_samples)
-    eps, seed = arguments.noise(mu, num_samples, eps, seed, generator)
-    inputs = LatentInputs(mu, logvar, None, None, None, eps, seed)
-    return reparameterised(inputs, Latent(want_kl=False, num_samples=num_samples), impl)[0]
+    samples: int | None = None if num_samples is None else plain(num_samples)
+    noise = arguments.noise(mu, samples, eps, seed, generator)
+    inputs = LatentInputs(mu, logvar, None, None, None, *noise)
+    return reparameterised(inputs, Latent(want_kl=False, num_samples=samples), impl)[0]
 
 
 @one_node
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
     *,
-    num_samples: int | None = None,
+    num_samples: Int | None = None,
     eps: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: Seed | None = None,
     generator: torch.Generator | None = None,
-    logvar_clamp: Clamp = None,
+    logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     batch_dims: int = 1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample z and compute KL(N(mu, exp(logvar)) || prior) in one pass over mu and logvar.
 
@@ -125,23 +127,23 @@ def reparameterize_kl(
     checks.pair("mu", mu, "logvar", logvar)
     inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
     kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
-    num_samples = plain(num_samples)
-    noise = arguments.noise(mu, num_samples, eps, seed, generator)  # drawn when nothing is left that could be refused
-    return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=num_samples), impl)
+    samples: int | None = None if num_samples is None else plain(num_samples)
+    noise = arguments.noise(mu, samples, eps, seed, generator)  # drawn when nothing is left that could be refused
+    return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=samples), impl)
 
 
 @one_node
 def gaussian_kl(
     mu: Tensor,
     logvar: Tensor,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
     *,
-    logvar_clamp: Clamp = None,
+    logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     batch_dims: int = 1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))), in nats: Kingma & Welling 2014, appendix B.
 
@@ -179,7 +181,7 @@ def gaussian_kl(
 # ---- after the decoder -----------------------------------------------------------------------------------------------------------
 
 
-def _nll(inputs: NLLInputs, spec: Likelihood, impl: str | None) -> Tensor:
+def _nll(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
     chosen = backend.choose(impl, inputs.recon.device, not inputs.recon.numel())
     if torch.compiler.is_compiling():
         (nll,) = autograd.call(autograd.GaussianNLL, chosen, spec._replace(scale=1.0), inputs)
@@ -193,14 +195,14 @@ def gaussian_nll(
     recon: Tensor,
     x: Tensor,
     *,
-    logvar: Tensor | float | None = None,
-    std: Tensor | float | None = None,
-    var: Tensor | float | None = None,
+    logvar: Tensor | Number | None = None,
+    std: Tensor | Number | None = None,
+    var: Tensor | Number | None = None,
     full: bool = True,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     batch_dims: int = 1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """-log N(x; recon, var) of a diagonal Gaussian, in nats: Kingma & Welling 2014, appendix C.2.
 
@@ -247,7 +249,7 @@ def _promote(a: Tensor, b: Tensor) -> torch.dtype:
 
 @one_node
 def gaussian_nll_loss(
-    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: Reduction = "mean"
 ) -> Tensor:
     """`torch.nn.functional.gaussian_nll_loss`, fused: the same values, gradients, broadcasting and errors.
 
@@ -304,7 +306,7 @@ def gaussian_nll_loss(
 
 
 def _elbo(
-    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weights: tuple[Any, Any], reduction: str, full: bool,
+    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weights: tuple[Any, Any], reduction: Reduction, full: bool,
     logvar_clamp: Any,
 ) -> tuple[ElboInputs, Elbo]:  # fmt: skip
     """Check what elbo_loss and elbo_terms share, and return it as records."""
@@ -348,15 +350,15 @@ def elbo_terms(
     mu: Tensor,
     logvar: Tensor,
     *,
-    recon_logvar: Tensor | float | None = None,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
+    recon_logvar: Tensor | Number | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
     full: bool = True,
-    logvar_clamp: Clamp = None,
+    logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
-    reduction: str = "batchmean",
-    impl: str | None = None,
+    reduction: Reduction = "batchmean",
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two terms of the negative ELBO, each differentiable by itself: (nll, kl).
 
@@ -371,6 +373,24 @@ def elbo_terms(
     return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
 
 
+@overload
+def elbo_loss(
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: Literal[False] = False, **options: Unpack[ElboOptions]
+) -> Tensor: ...
+
+
+@overload
+def elbo_loss(
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: Literal[True], **options: Unpack[ElboOptions]
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def elbo_loss(
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, *, return_terms: bool, **options: Unpack[ElboOptions]
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+
+
 @one_node
 def elbo_loss(
     recon: Tensor,
@@ -378,17 +398,17 @@ def elbo_loss(
     mu: Tensor,
     logvar: Tensor,
     *,
-    recon_logvar: Tensor | float | None = None,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
-    beta: float | Tensor = 1.0,
+    recon_logvar: Tensor | Number | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
+    beta: Tensor | Number = 1.0,
     full: bool = True,
-    logvar_clamp: Clamp = None,
+    logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     return_terms: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a Gaussian VAE, -log N(x; recon, exp(recon_logvar)) + beta * KL(N(mu, exp(logvar)) || prior), in nats.
 
@@ -425,16 +445,16 @@ def elbo_loss(
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
     inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp)
-    beta = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
+    factor = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go
     # through the terms.
-    if reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(beta):
-        kl_spec = arguments.of_samples(spec.kl) if isinstance(beta, Tensor) and beta.ndim else spec.kl
+    if reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(factor):
+        kl_spec = arguments.of_samples(spec.kl) if isinstance(factor, Tensor) and factor.ndim else spec.kl
         nll, kl = _terms(chosen, spec._replace(kl=kl_spec), inputs)
-        weighed, kl = arguments.weighed(beta, kl, spec.kl)
+        weighed, kl = arguments.weighed(factor, kl, spec.kl)
         loss = nll + weighed
         return (loss, nll.detach(), kl.detach()) if return_terms else loss
-    spec = Elbo(spec.likelihood, spec.kl, beta, bool(return_terms))
+    spec = Elbo(spec.likelihood, spec.kl, factor, bool(return_terms))
     outputs = autograd.call(autograd.Elbo, chosen, spec, inputs)
     return outputs if return_terms else outputs[0]

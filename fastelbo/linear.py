@@ -7,7 +7,7 @@ and a loop over tiles would unroll. There the likelihood is one operator, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from .dtypes import accumulate_dtype, plain
 from .functional import posterior, reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
 from .tracing import one_node
+from .types import Impl, Int, LinearElboOptions, Number, Precision, Reduction, Seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _PRECISIONS = (None, "ieee", "tf32", "tf32x3")
 
@@ -29,7 +33,7 @@ def _arguments(names: str) -> str:
 
 
 def _served(
-    tensors: Sequence[Tensor | None], keep: int, full: bool, precision: str | None, impl: str | None
+    tensors: Sequence[Tensor | None], keep: int, full: bool, precision: Precision | None, impl: Impl | None
 ) -> tuple[Op, LinearInputs, Linear]:
     inputs: Any = LinearInputs(*tensors)  # type: ignore[arg-type]
     chosen = backend.choose_linear(impl, inputs)
@@ -40,7 +44,7 @@ def _served(
 @torch.library.custom_op("fastelbo::linear_nll", mutates_args=(), schema=f"({_arguments('int keep')}) -> Tensor")
 def _nll_op(
     h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, keep: int, full: bool,
-    precision: str | None, impl: str | None,
+    precision: Precision | None, impl: Impl | None,
 ) -> Tensor:  # fmt: skip
     """-log N(x; h weight^T + bias, exp(variance)), summed over all but the first `keep` dimensions."""
     op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
@@ -56,7 +60,7 @@ def _nll_op(
 )
 def _nll_backward_op(
     h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, grad_output: Tensor, needs: Sequence[bool],
-    keep: int, full: bool, precision: str | None, impl: str | None,
+    keep: int, full: bool, precision: Precision | None, impl: Impl | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `needs` names."""
     op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
@@ -91,7 +95,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _nll_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _traced_nll(impl: str | None) -> Op:
+def _traced_nll(impl: Impl | None) -> Op:
     """The operator as an op whose outputs autograd differentiates."""
 
     def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], None]:
@@ -102,7 +106,7 @@ def _traced_nll(impl: str | None) -> Op:
     return Op(forward, _no_backward)
 
 
-def _traced_latent(impl: str | None) -> Op:
+def _traced_latent(impl: Impl | None) -> Op:
     return Op(lambda inputs, spec, needs: (reparameterised(inputs, spec, impl), None), _no_backward)
 
 
@@ -154,11 +158,11 @@ def linear_gaussian_nll(
     x: Tensor,
     bias: Tensor | None = None,
     *,
-    logvar: Tensor | float | None = None,
+    logvar: Tensor | Number | None = None,
     full: bool = True,
-    reduction: str = "none",
-    precision: str | None = None,
-    impl: str | None = None,
+    reduction: Reduction = "none",
+    precision: Precision | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """-log N(x; h weight^T + bias, exp(logvar)), in nats, without the `(batch, elements)` mean or its gradient in memory.
 
@@ -206,6 +210,27 @@ def linear_gaussian_nll(
     return outputs[0]
 
 
+@overload
+def linear_elbo_loss(
+    x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor | None = None, *, return_terms: Literal[False] = False,
+    **options: Unpack[LinearElboOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_elbo_loss(
+    x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor | None = None, *, return_terms: Literal[True],
+    **options: Unpack[LinearElboOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def linear_elbo_loss(
+    x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor | None = None, *, return_terms: bool,
+    **options: Unpack[LinearElboOptions],
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
 @one_node
 def linear_elbo_loss(
     x: Tensor,
@@ -214,19 +239,19 @@ def linear_elbo_loss(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    recon_logvar: Tensor | float | None = None,
-    prior_mu: Tensor | float | None = None,
-    prior_logvar: Tensor | float | None = None,
-    beta: float | Tensor = 1.0,
-    num_samples: int | None = None,
+    recon_logvar: Tensor | Number | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
+    beta: Tensor | Number = 1.0,
+    num_samples: Int | None = None,
     eps: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: Seed | None = None,
     generator: torch.Generator | None = None,
     full: bool = True,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     return_terms: bool = False,
-    precision: str | None = None,
-    impl: str | None = None,
+    precision: Precision | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a VAE whose decoder is one linear layer: -log N(x; z weight^T + bias, exp(recon_logvar)) + beta * KL.
 
@@ -262,23 +287,23 @@ def linear_elbo_loss(
         )
     prior = posterior(mu, logvar, prior_mu, prior_logvar, None)[2:4]
     keep = checks.kept_dims(reduction, 1, 2)
-    num_samples = plain(num_samples)
-    noise = arguments.noise(mu, num_samples, eps, seed, generator)
+    samples: int | None = plain(num_samples)
+    noise = arguments.noise(mu, samples, eps, seed, generator)
     inputs = LinearElboInputs(x, mu, logvar, weight, bias, variance, *prior, *noise)
-    beta = arguments.factor("beta", beta, inputs[:8], x.device, x.shape[0])
+    factor = arguments.factor("beta", beta, inputs[:8], x.device, x.shape[0])
     scale, kl_scale = (arguments.scale_of(reduction, 1, t.shape) for t in (x, mu))
-    likelihood = Likelihood(keep, scale / (num_samples or 1), logvar=number, full=bool(full))
-    spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), num_samples, beta, return_terms)
-    chosen = backend.choose_linear(impl, inputs, num_samples)
+    likelihood = Likelihood(keep, scale / (samples or 1), logvar=number, full=bool(full))
+    spec = LinearElbo(Linear(likelihood, precision), KL(keep, kl_scale), samples, factor, return_terms)
+    chosen = backend.choose_linear(impl, inputs, samples)
     outputs: Any
-    if chosen is not None and (torch.compiler.is_compiling() or not arguments.is_constant(beta)):
-        of_kl = arguments.of_samples(spec.kl) if isinstance(beta, Tensor) and beta.ndim else spec.kl
+    if chosen is not None and (torch.compiler.is_compiling() or not arguments.is_constant(factor)):
+        of_kl = arguments.of_samples(spec.kl) if isinstance(factor, Tensor) and factor.ndim else spec.kl
         apart = spec._replace(kl=of_kl, beta=1.0, return_terms=True)
         of_both = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl))
         nll, kl = of_both.forward(inputs, apart, (False,) * 8)[0][1:]
         assert nll is not None
         assert kl is not None
-        weighed, kl = arguments.weighed(beta, kl, spec.kl)
+        weighed, kl = arguments.weighed(factor, kl, spec.kl)
         outputs = (nll + weighed, nll.detach(), kl.detach())
     else:
         outputs = autograd.call(autograd.LinearElbo, chosen, spec, inputs)

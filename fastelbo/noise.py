@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dtypes import on_host, plain
 from .tracing import INT
+from .types import Seed
 
 __all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
 
@@ -36,7 +37,7 @@ def draw_seed(device: torch.device | str, generator: torch.Generator | None = No
     return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
 
 
-def check_seed(seed: int | Tensor, device: torch.device | str | None = None) -> Tensor:
+def check_seed(seed: Seed, device: torch.device | str | None = None) -> Tensor:
     """The seed as a 0-d int64 tensor on the device (None: its own, or torch's default), as both backends take it.
 
     An int in [-2**63, 2**64) counts modulo 2**64; the value of a tensor is not looked at.
@@ -81,6 +82,9 @@ def philox_normal(
         drawn = _host_normals(first, counters, int(key))
         return torch.from_numpy(drawn[lead : lead + n].reshape(shape)).to(dtype)
     normals = _normals(torch.arange(first, first + counters, dtype=torch.int64, device=key.device), _round_keys(key))
+    if torch.compiler.is_compiling():
+        # A slice of a symbolic size asks whether it fits, which no solver of the sizes can answer.
+        return normals[torch.arange(lead, lead + n, device=key.device)].view(shape).to(dtype)
     return normals[lead : lead + n].view(shape).to(dtype)
 
 

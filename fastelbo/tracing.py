@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,12 +25,12 @@ NUMBER = *INT, *FLOAT
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def are_batched(gradients: Iterable[torch.Tensor | None]) -> bool:
+def are_batched(gradients: Iterable[torch.Tensor]) -> bool:
     """Whether these come from `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own."""
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    return True in [torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients]
 
 
 nodes: list[Callable[..., Any]] = []

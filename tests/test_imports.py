@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # An arrow from each part to those that it may import. A part is a module of fastelbo, or a folder of them.
-BOTTOM = {"dtypes", "tracing", "noise", "specs"}
+BOTTOM = {"dtypes", "tracing", "noise", "specs", "types"}
 ARGUMENTS = BOTTOM | {"checks", "arguments"}
 PUBLIC = ARGUMENTS | {"autograd", "backend"}
 ALLOWED = {
     "dtypes": set(),
+    "types": set(),
     "tracing": set(),
     "specs": {"dtypes"},
     "noise": {"dtypes", "tracing"},

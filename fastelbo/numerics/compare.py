@@ -36,6 +36,7 @@ from torch import Tensor
 
 from .. import backend, checks, functional
 from ..dtypes import accumulate_dtype
+from ..types import Impl
 from .peers import OPS, Op, Values
 from .report import Comparison, Errors, Row, Worst
 from .tolerance import ORACLE_SLACK, SLACK, bound_beside, dtype_name, is_right_at_the_edge
@@ -59,7 +60,7 @@ CPU = torch.device("cpu")
 class Case:
     """An op on a backend, and how its inputs come about."""
 
-    impl: str
+    impl: Impl
     device: torch.device
     op: Op
     seed: int
@@ -102,8 +103,8 @@ class Case:
         return not free or backend.choose(None, self.device) is backend.choose(self.impl, self.device)
 
 
-def backends() -> list[tuple[str, torch.device]]:
-    found = [("torch", CPU)]
+def backends() -> list[tuple[Impl, torch.device]]:
+    found: list[tuple[Impl, torch.device]] = [("torch", CPU)]
     gpu = torch.cuda.is_available()
     if backend.has_triton() and (gpu or os.environ.get("TRITON_INTERPRET") == "1"):
         found.append(("triton", torch.device("cuda" if gpu else "cpu")))

@@ -28,7 +28,19 @@ EXPORTED: dict[str, Fn] = {
     "elbo_loss-none": lambda r, x, m, v: fastelbo.elbo_loss(r, x, m, v, logvar_clamp=(-1.0, 1.0), reduction="none"),
     "reparameterize_kl": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, eps=0.3 * m.detach()),
     "reparameterize_kl-seed": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, seed=3, reduction="mean"),
+    "reparameterize-seed": lambda r, x, m, v: fastelbo.reparameterize(m[:, :3], v[:, :3], seed=3),  # rows of any alignment
+    "reparameterize-samples-seed": lambda r, x, m, v: fastelbo.reparameterize(m, v, 2, seed=3),
+    "elbo_loss-samples": lambda r, x, m, v: fastelbo.elbo_loss(torch.stack([r, -r, 2 * r]), x, m, v),
+    "elbo_loss-beta": lambda r, x, m, v: fastelbo.elbo_loss(r, x, m, v, beta=v[:, 0]),
+    "gaussian_kl-components": lambda r, x, m, v: fastelbo.gaussian_kl(m.unsqueeze(1), v.unsqueeze(1), m[:2], v[:2], batch_dims=2),
+    "sgvb_loss": lambda r, x, m, v: fastelbo.sgvb_loss(lambda z: z.repeat(1, 3), x, m, v, num_samples=2, seed=3),
+    "linear_gaussian_nll-dimension": lambda r, x, m, v: fastelbo.linear_gaussian_nll(m, layer(), x, logvar=0.1 * layer()[:, 0]),
+    "linear_elbo_loss-samples": lambda r, x, m, v: fastelbo.linear_elbo_loss(x, m, v, layer(), num_samples=2, seed=3),
 }
+
+
+def layer() -> Tensor:
+    return torch.linspace(-1, 1, 48).view(12, 4)
 
 
 def inputs(batch: int, requires_grad: bool = False) -> list[Tensor]:
@@ -45,14 +57,33 @@ class Module(torch.nn.Module):
         return self.fn(r, x, m, v)
 
 
-@pytest.mark.parametrize("kind", ["auto", "named"])
+@pytest.mark.parametrize("kind", ["auto", "named", "bare"])
 @pytest.mark.parametrize("name", list(EXPORTED))
 def test_export_with_a_dynamic_batch(name: str, kind: str) -> None:
-    dim = Dim.AUTO if kind == "auto" else Dim("batch", min=2, max=100_000)
+    dim = {"auto": Dim.AUTO, "named": Dim("batch", min=2, max=100_000), "bare": Dim("batch")}[kind]
     program = torch.export.export(Module(EXPORTED[name]), tuple(inputs(5)), dynamic_shapes=({0: dim},) * 4)
     for batch in (5, 3000):
         args = inputs(batch)
         torch.testing.assert_close(program.module()(*args), EXPORTED[name](*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, "reparameterize-samples", "reparameterize_kl-samples"])
+def test_compiled_at_more_than_one_batch(name: str) -> None:
+    """The second batch makes the size symbolic, for which some of torch's functions have no form."""
+    drawn: dict[str, Fn] = {
+        "reparameterize-samples": lambda r, x, m, v: fastelbo.reparameterize(m, v, 2),
+        "reparameterize_kl-samples": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, num_samples=3),
+    }
+    fn = (EXPORTED | drawn)[name]
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for batch in (4, 5, 7):
+        args, found = inputs(batch, requires_grad=True), []
+        for call in (fn, compiled):
+            torch.manual_seed(3)
+            out = call(*args)
+            total = sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()
+            found.append([total, *(g for g in torch.autograd.grad(total, args, allow_unused=True) if g is not None)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_loss_makes_no_more_graphs_than_the_plain_formula() -> None:
