@@ -31,7 +31,9 @@ def factor(name: str, value: Tensor | Number, like: Sequence[Tensor | None], dev
     checks.factor(name, beta, device, batch)
     if not isinstance(beta, Tensor):
         return beta
-    return (beta.reshape(()) if beta.ndim and beta.shape[0] == 1 else beta).to(device, accumulate_dtype(*like))
+    beta = beta.reshape(()) if beta.ndim and beta.shape[0] == 1 else beta
+    # A copy: backward reads it, and its owner may write to it before.
+    return beta.to(device, accumulate_dtype(*like), non_blocking=True, copy=True)
 
 
 def is_constant(beta: Factor) -> bool:

@@ -123,7 +123,7 @@ def _matrix(name: str, t: Any, rows: str, columns: str, device: torch.device | N
         raise ValueError(f"{name} must be a matrix ({rows}, {columns}), got shape {checks.shape_of(t)}")
 
 
-def _layer(x: Any, weight: Any, bias: Any, logvar: Any, name: str, precision: Any) -> tuple[Tensor | None, float]:
+def check_layer(x: Any, weight: Any, bias: Any, logvar: Any, name: str, precision: Any) -> tuple[Tensor | None, float]:
     """Check x and what maps to it; return the log-variance as a tensor, or as the number that stands for a missing one."""
     _matrix("x", x, "batch", "elements")
     _matrix("weight", weight, "elements", "hidden", x.device)
@@ -192,7 +192,7 @@ def linear_gaussian_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    variance, number = _layer(x, weight, bias, logvar, "logvar", precision)
+    variance, number = check_layer(x, weight, bias, logvar, "logvar", precision)
     _matrix("h", h, "batch", "hidden", x.device)
     if h.shape != (x.shape[0], weight.shape[1]):
         raise ValueError(
@@ -279,7 +279,7 @@ def linear_elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
-    variance, number = _layer(x, weight, bias, recon_logvar, "recon_logvar", precision)
+    variance, number = check_layer(x, weight, bias, recon_logvar, "recon_logvar", precision)
     checks.pair("mu", mu, "logvar", logvar, x.device)
     if mu.shape != (x.shape[0], weight.shape[1]):
         raise ValueError(

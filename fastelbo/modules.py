@@ -1,44 +1,158 @@
-"""The functions as modules, for code that builds its losses once."""
+"""The functions as modules, for code that builds its losses once. What they hold is checked when they are built."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import backend, checks
+from .dtypes import plain
 from .functional import elbo_loss, gaussian_nll_loss, reparameterize
-from .linear import linear_elbo_loss
+from .linear import check_layer, linear_elbo_loss
+from .noise import check_seed
+from .tracing import NUMBER
+from .types import Clamp, Impl, Int, Number, Precision, Reduction, Seed
 
 
-def _check_beta(beta: float | Tensor) -> float | Tensor:
-    if not isinstance(beta, (int, float, Tensor)):
-        raise TypeError(f"beta must be a number or a 0-d tensor, got {type(beta).__name__}")
+def _check_impl(impl: Any) -> None:
+    # Whether "triton" can serve depends on the device of a call, and so does the default.
+    if impl not in (None, "triton"):
+        backend.choose(impl, torch.device("cpu"))
+
+
+def _check_loss(reduction: Any, impl: Any, **flags: Any) -> None:
+    checks.kept_dims(reduction, 0, 0)
+    _check_impl(impl)
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def _checked_samples(num_samples: Any) -> int | None:
+    num_samples = plain(num_samples)
+    if num_samples is not None:
+        checks.samples(num_samples)
+    return num_samples
+
+
+def _checked_beta(beta: Any) -> Tensor | float:
+    beta = plain(beta)
+    checks.factor("beta", beta, beta.device if isinstance(beta, Tensor) else torch.device("cpu"), 1)
+    if isinstance(beta, Tensor) and beta.requires_grad:
+        raise ValueError("beta requires grad, but a module holds it as a buffer: give a learned beta at the call")
     return beta
 
 
-def _hold_logvar(module: nn.Module, recon_logvar: Tensor | float | None, learned: bool, **factory: Any) -> None:
+def _hold_logvar(module: nn.Module, recon_logvar: Any, learned: bool, **factory: Any) -> None:
     """Make recon_logvar a parameter (None starts at 0), a buffer or a plain attribute of the module."""
-    if learned:
+    recon_logvar = plain(recon_logvar)
+    if recon_logvar is not None:
+        checks.variance("recon_logvar", "logvar", recon_logvar, recon_logvar)
+    if isinstance(recon_logvar, nn.Parameter):
+        module.recon_logvar = recon_logvar
+    elif learned:
         start = recon_logvar if isinstance(recon_logvar, Tensor) else torch.tensor(float(recon_logvar or 0.0), **factory)
         module.recon_logvar = nn.Parameter(start.detach().clone())
     elif isinstance(recon_logvar, Tensor):
+        if recon_logvar.requires_grad:
+            raise ValueError(
+                "recon_logvar requires grad, but no optimizer would see it: make it an nn.Parameter, or set learned=True"
+            )
         module.register_buffer("recon_logvar", recon_logvar)
     else:
-        module.recon_logvar = recon_logvar  # type: ignore[assignment]
+        module.recon_logvar = recon_logvar
 
 
-def _shown(recon_logvar: Tensor | float | None) -> str:
+def _keep_missing(module: nn.Module, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a state_dict without this buffer load: one of an older version, or of a module that did without."""
+    held = getattr(module, name)
+    if held is not None:
+        state_dict.setdefault(prefix + name, held)
+
+
+class _HoldsBeta(nn.Module):
+    """A buffer `beta`, 0-d and at least float32, which an assignment writes to."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def beta(self) -> Tensor: ...
+
+        @beta.setter
+        def beta(self, value: Tensor | Number) -> None: ...
+
+    def _hold_beta(self, beta: Any, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        beta = _checked_beta(beta)
+        own = beta.dtype if isinstance(beta, Tensor) else dtype or torch.get_default_dtype()
+        own = torch.promote_types(own, torch.float32)
+        if isinstance(beta, Tensor):
+            held = beta.reshape(()).to(device=device, dtype=own, copy=True)
+        else:
+            held = torch.tensor(beta, dtype=own, device=device)
+        self.register_buffer("beta", held)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "beta":
+            super().__setattr__(name, value)
+            return
+        value = _checked_beta(value)
+        if self.beta.is_meta and isinstance(value, Tensor):  # load_state_dict(assign=True)
+            self._hold_beta(value)
+            return
+        # In place, where compiled code and captured CUDA graphs look for it.
+        if isinstance(value, Tensor):
+            self.beta.copy_(value.reshape(()))
+        else:
+            self.beta.fill_(value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.beta
+        super()._apply(fn, recurse)
+        if self.beta.dtype.itemsize < 4:
+            # half() and bfloat16() would round the weight of the KL, which costs nothing to keep.
+            self._buffers["beta"] = before.to(self.beta.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _keep_missing(self, "beta", state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _shown_beta(self) -> str:
+        return "beta=..." if self.beta.is_meta else f"beta={self.beta:g}"
+
+
+def _shown(recon_logvar: Tensor | Number | None) -> str:
     return "" if recon_logvar is None else f", recon_logvar={getattr(recon_logvar, 'shape', recon_logvar)}"
 
 
-class GaussianNLLLoss(nn.Module):
-    """Drop-in for `torch.nn.GaussianNLLLoss`; see `fastelbo.gaussian_nll_loss`."""
+def _scattered(seed: int) -> int:
+    """The key of the first call. Calls count up from it, so keys of neighbouring seeds must lie far apart; below 2**62 they cannot
+    overflow.
+    """
+    return int.from_bytes(hashlib.sha256((seed % 2**64).to_bytes(8, "little")).digest()[:8], "little") >> 2
 
-    def __init__(self, *, full: bool = False, eps: float = 1e-6, reduction: str = "mean") -> None:
+
+class GaussianNLLLoss(nn.Module):
+    """Drop-in for `torch.nn.GaussianNLLLoss`; see `fastelbo.gaussian_nll_loss`.
+
+    Raises:
+        TypeError, ValueError: eps is not a number or is negative, or reduction is unknown.
+    """
+
+    def __init__(self, *, full: bool = False, eps: Number = 1e-6, reduction: Literal["none", "mean", "sum"] = "mean") -> None:
         super().__init__()
-        self.full, self.eps, self.reduction = full, eps, reduction
+        eps = plain(eps)
+        if isinstance(eps, bool) or not isinstance(eps, NUMBER):
+            raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"{reduction} is not valid")  # as the function says it, and torch
+        self.full, self.eps, self.reduction = full, float(eps), reduction
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         return gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
@@ -48,11 +162,30 @@ class GaussianNLLLoss(nn.Module):
 
 
 class Reparameterize(nn.Module):
-    """Samples z ~ N(mu, exp(logvar)); in eval mode returns mu, the mode, as most VAE code does. See `fastelbo.reparameterize`."""
+    """Samples z ~ N(mu, exp(logvar)); in eval mode returns mu, the mode, as most VAE code does. See `fastelbo.reparameterize`.
 
-    def __init__(self, num_samples: int | None = None, *, impl: str | None = None) -> None:
+    With `seed` every call in training mode has noise of its own, and the same seed gives the same sequence of it. A buffer counts
+    the calls, so that a run resumed from a state_dict, by a module of the same seed, goes on with the noise it would have had.
+    Modules of different seeds draw different noise: give each module of a model its own seed, and each process of a parallel run.
+
+    Args:
+        num_samples: As in `fastelbo.reparameterize`.
+        seed: None for noise as `fastelbo.reparameterize` draws it, or an int or a 0-d int64 tensor, whose value is read here.
+        impl: As in `fastelbo.reparameterize`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type or value.
+    """
+
+    counter: Tensor | None
+
+    def __init__(self, num_samples: Int | None = None, *, seed: Seed | None = None, impl: Impl | None = None) -> None:
         super().__init__()
-        self.num_samples, self.impl = num_samples, impl
+        _check_impl(impl)
+        self.num_samples, self.impl = _checked_samples(num_samples), impl
+        self.seed = None if seed is None else int(check_seed(seed, seed.device if isinstance(seed, Tensor) else "cpu"))
+        self._first_key = 0 if self.seed is None else _scattered(self.seed)
+        self.register_buffer("counter", None if seed is None else torch.zeros((), dtype=torch.int64, device=None))
 
     def forward(
         self,
@@ -60,43 +193,74 @@ class Reparameterize(nn.Module):
         logvar: Tensor,
         *,
         eps: Tensor | None = None,
-        seed: int | Tensor | None = None,
+        seed: Seed | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        """z; `eps`, `seed` or `generator` give the noise of this call, and then the module's own sequence does not advance.
+
+        Raises:
+            RuntimeError: The module's sequence is asked for in a backward pass, as by `torch.utils.checkpoint`, which would get
+                other noise than forward had; or, by torch, in a `torch.func.grad`, which must not count. Give the noise at the call
+                there.
+            TypeError, ValueError: As `fastelbo.reparameterize`.
+        """
         if not self.training:
             return mu if self.num_samples is None else mu.expand(self.num_samples, *mu.shape)
-        return reparameterize(mu, logvar, self.num_samples, eps=eps, seed=seed, generator=generator, impl=self.impl)
+        if self.counter is None or eps is not None or seed is not None or generator is not None:
+            return reparameterize(mu, logvar, self.num_samples, eps=eps, seed=seed, generator=generator, impl=self.impl)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "Reparameterize(seed=...) was called in a backward pass, as torch.utils.checkpoint does to compute a forward pass "
+                "again, and its next noise is not that of the first time: give seed= or eps= at the call"
+            )
+        z = reparameterize(mu, logvar, self.num_samples, seed=self.counter + self._first_key, impl=self.impl)
+        self.counter.add_(1)
+        return z
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _keep_missing(self, "counter", state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"num_samples={self.num_samples}"
+        return f"num_samples={self.num_samples}" + ("" if self.seed is None else f", seed={self.seed}")
 
 
-class ELBOLoss(nn.Module):
+class ELBOLoss(_HoldsBeta):
     """`fastelbo.elbo_loss` that holds beta, the reduction and the likelihood's log-variance.
 
     Args:
-        beta: Weight of the KL, a number. `loss.beta = ...` schedules it without recompiling anything.
-        recon_logvar: None (unit variance), a number, or a tensor that broadcasts to recon.
-        learned: Make recon_logvar a parameter; None then starts at 0.
+        beta: Weight of the KL: a number or a tensor of one value. It is a buffer, which is in the state_dict and moves with the
+            module, in float32 (float64 if the tensor or torch's default dtype is) even where the module is in half precision.
+            `loss.beta = ...` writes a number or such a tensor to it: nothing compiles again, and a captured CUDA graph of a module
+            on the GPU sees it.
+        recon_logvar: None (unit variance), a number, or a tensor that broadcasts to recon. An `nn.Parameter` is shared, so that an
+            optimizer of this module trains it.
+        learned: Make a parameter that starts at recon_logvar; None starts at 0.
         full, logvar_clamp, reduction, return_terms, impl: As in `fastelbo.elbo_loss`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type or value.
     """
 
-    recon_logvar: Tensor | float | None
+    recon_logvar: Tensor | Number | None
 
     def __init__(
         self,
+        beta: Tensor | Number = 1.0,
         *,
-        beta: float = 1.0,
-        recon_logvar: Tensor | float | None = None,
+        recon_logvar: Tensor | Number | None = None,
         learned: bool = False,
         full: bool = True,
-        logvar_clamp: tuple[float, float] | None = None,
-        reduction: str = "batchmean",
+        logvar_clamp: Clamp | None = None,
+        reduction: Reduction = "batchmean",
         return_terms: bool = False,
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> None:
         super().__init__()
-        self.beta = _check_beta(beta)
+        _check_loss(reduction, impl, learned=learned, full=full, return_terms=return_terms)
+        if logvar_clamp is not None:
+            checks.clamp(logvar_clamp)
+        self._hold_beta(beta)
         self.full, self.logvar_clamp, self.reduction = full, logvar_clamp, reduction
         self.return_terms, self.impl = return_terms, impl
         _hold_logvar(self, recon_logvar, learned)
@@ -108,37 +272,46 @@ class ELBOLoss(nn.Module):
         mu: Tensor,
         logvar: Tensor,
         *,
-        recon_logvar: Tensor | float | None = None,
-        prior_mu: Tensor | float | None = None,
-        prior_logvar: Tensor | float | None = None,
+        beta: Tensor | Number | None = None,
+        recon_logvar: Tensor | Number | None = None,
+        prior_mu: Tensor | Number | None = None,
+        prior_logvar: Tensor | Number | None = None,
         weight: Tensor | None = None,
+        kl_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The loss; a decoder's own `recon_logvar` takes the place of the module's, which must then be None."""
+        """The loss. `beta`, if given, takes the place of the module's for this call, and may be learned or one for each sample.
+
+        A decoder's own `recon_logvar` takes the place of the module's, which must then be None.
+        """
         if recon_logvar is not None and self.recon_logvar is not None:
             raise ValueError("recon_logvar is given, but this ELBOLoss holds one: build it with recon_logvar=None")
         return elbo_loss(
             recon, x, mu, logvar, recon_logvar=self.recon_logvar if recon_logvar is None else recon_logvar, prior_mu=prior_mu,
-            prior_logvar=prior_logvar, beta=self.beta, full=self.full, logvar_clamp=self.logvar_clamp, weight=weight,
-            reduction=self.reduction, return_terms=self.return_terms, impl=self.impl,
+            prior_logvar=prior_logvar, beta=self.beta if beta is None else beta, full=self.full,
+            logvar_clamp=self.logvar_clamp, weight=weight, kl_weight=kl_weight, reduction=self.reduction,
+            return_terms=self.return_terms, impl=self.impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"
+        return f"{self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"
 
 
-class LinearELBO(nn.Linear):
+class LinearELBO(_HoldsBeta, nn.Linear):
     """A linear decoder and its loss in one: `fastelbo.linear_elbo_loss` that holds weight, bias and what `ELBOLoss` holds.
 
-    A `torch.nn.Linear(latents, elements)` in its parameters, their initialisation and its state_dict.
+    A `torch.nn.Linear(latents, elements)` in its parameters and their initialisation, and a state_dict of one loads.
 
     Args:
         latents, elements: Sizes of z and of x, per sample.
         bias: Whether the layer has one.
         num_samples, precision: As in `fastelbo.linear_elbo_loss`.
         beta, recon_logvar, learned, full, reduction, return_terms, impl: As in `ELBOLoss`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, value or shape.
     """
 
-    recon_logvar: Tensor | float | None
+    recon_logvar: Tensor | Number | None
 
     def __init__(
         self,
@@ -146,23 +319,30 @@ class LinearELBO(nn.Linear):
         elements: int,
         bias: bool = True,
         *,
-        beta: float = 1.0,
-        recon_logvar: Tensor | float | None = None,
+        beta: Tensor | Number = 1.0,
+        recon_logvar: Tensor | Number | None = None,
         learned: bool = False,
-        num_samples: int | None = None,
+        num_samples: Int | None = None,
         full: bool = True,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         return_terms: bool = False,
-        precision: str | None = None,
-        impl: str | None = None,
+        precision: Precision | None = None,
+        impl: Impl | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(latents, elements, bias, device, dtype)
-        self.beta = _check_beta(beta)
-        self.num_samples, self.full, self.reduction = num_samples, full, reduction
+        _check_loss(reduction, impl, learned=learned, full=full, return_terms=return_terms)
+        self._hold_beta(beta, device, dtype)
+        self.num_samples, self.full, self.reduction = _checked_samples(num_samples), full, reduction
         self.return_terms, self.precision, self.impl = return_terms, precision, impl
         _hold_logvar(self, recon_logvar, learned, device=device, dtype=dtype)
+        # As for an empty batch. Shapes are known here, while devices may still change.
+        x, of_layer, spread = (
+            t.to("meta") if isinstance(t, Tensor) else t
+            for t in (self.weight.new_empty((0, elements)), self.weight, self.recon_logvar)
+        )
+        check_layer(x, of_layer, None, spread, "recon_logvar", precision)
 
     def decode(self, z: Tensor) -> Tensor:
         """The reconstruction of z `(..., latents)`, for what is not the loss: `(..., elements)`."""
@@ -174,18 +354,23 @@ class LinearELBO(nn.Linear):
         mu: Tensor,
         logvar: Tensor,
         *,
-        prior_mu: Tensor | float | None = None,
-        prior_logvar: Tensor | float | None = None,
+        beta: Tensor | Number | None = None,
+        prior_mu: Tensor | Number | None = None,
+        prior_logvar: Tensor | Number | None = None,
         eps: Tensor | None = None,
-        seed: int | Tensor | None = None,
+        seed: Seed | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The loss of x `(batch, elements)` under the posterior N(mu, exp(logvar)), `(batch, latents)`."""
+        """The loss of x `(batch, elements)` under the posterior N(mu, exp(logvar)), `(batch, latents)`.
+
+        `beta`, if given, takes the place of the module's for this call, and may be learned or one for each sample. In a training
+        loop a `seed` must change from step to step.
+        """
         return linear_elbo_loss(
             x, mu, logvar, self.weight, self.bias, recon_logvar=self.recon_logvar, prior_mu=prior_mu, prior_logvar=prior_logvar,
-            beta=self.beta, num_samples=self.num_samples, eps=eps, seed=seed, generator=generator, full=self.full,
-            reduction=self.reduction, return_terms=self.return_terms, precision=self.precision, impl=self.impl,
+            beta=self.beta if beta is None else beta, num_samples=self.num_samples, eps=eps, seed=seed, generator=generator,
+            full=self.full, reduction=self.reduction, return_terms=self.return_terms, precision=self.precision, impl=self.impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, beta={self.beta}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"
+        return f"{super().extra_repr()}, {self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"

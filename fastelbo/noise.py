@@ -84,7 +84,7 @@ def philox_normal(
     normals = _normals(torch.arange(first, first + counters, dtype=torch.int64, device=key.device), _round_keys(key))
     if torch.compiler.is_compiling():
         # A slice of a symbolic size asks whether it fits, which no solver of the sizes can answer.
-        return normals[torch.arange(lead, lead + n, device=key.device)].view(shape).to(dtype)
+        return normals[torch.arange(lead, lead + n, dtype=torch.int64, device=key.device)].view(shape).to(dtype)
     return normals[lead : lead + n].view(shape).to(dtype)
 
 

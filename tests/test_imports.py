@@ -21,7 +21,7 @@ ALLOWED = {
     "types": set(),
     "tracing": set(),
     "specs": {"dtypes"},
-    "noise": {"dtypes", "tracing"},
+    "noise": {"dtypes", "tracing", "types"},
     "checks": BOTTOM,
     "arguments": BOTTOM | {"checks"},
     # What is computed, three times. None of them knows of another.

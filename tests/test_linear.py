@@ -420,7 +420,7 @@ def test_module() -> None:
     torch.manual_seed(3)
     plain = torch.nn.Linear(4, 30)
     assert torch.equal(layer.weight, plain.weight)
-    assert set(layer.state_dict()) == {"weight", "bias", "recon_logvar"}
+    assert set(layer.state_dict()) == {"weight", "bias", "recon_logvar", "beta"}
     v = inputs((7, 30, 4))
     loss = layer(v["x"], v["mu"], v["logvar"], seed=1)
     same = fastelbo.linear_elbo_loss(

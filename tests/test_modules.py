@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import Backend, each_backend, slow_loss
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 
@@ -110,7 +114,7 @@ def test_state_dict() -> None:
     learned = fastelbo.ELBOLoss(recon_logvar=torch.randn(3, 1), learned=True)
     held = fastelbo.ELBOLoss(recon_logvar=torch.randn(3, 1))
     for module in (learned, held):
-        assert list(module.state_dict()) == ["recon_logvar"]
+        assert set(module.state_dict()) == {"beta", "recon_logvar"}
         other = fastelbo.ELBOLoss(recon_logvar=torch.zeros(3, 1), learned=module is learned)
         other.load_state_dict(module.state_dict())
         assert torch.equal(other.recon_logvar, module.recon_logvar)
@@ -120,8 +124,8 @@ def test_state_dict() -> None:
         again = torch.load(buffer, weights_only=False)
         assert torch.equal(again.recon_logvar, module.recon_logvar)
         assert torch.equal(copy.deepcopy(module).recon_logvar, module.recon_logvar)
-    assert fastelbo.ELBOLoss(recon_logvar=0.5).state_dict() == {}
-    assert fastelbo.ELBOLoss().state_dict() == {}
+    assert set(fastelbo.ELBOLoss(recon_logvar=0.5).state_dict()) == {"beta"}
+    assert set(fastelbo.ELBOLoss().state_dict()) == {"beta"}
 
 
 def test_a_float64_start_is_kept_exact() -> None:
@@ -134,9 +138,236 @@ def test_a_float64_start_is_kept_exact() -> None:
 def test_module_reprs() -> None:
     assert repr(fastelbo.ELBOLoss(beta=0.5, recon_logvar=-1.0)) == "ELBOLoss(beta=0.5, reduction='batchmean', recon_logvar=-1.0)"
     assert "GaussianNLLLoss(" in repr(fastelbo.GaussianNLLLoss())
-    assert "num_samples=3" in repr(fastelbo.Reparameterize(3))
-    with pytest.raises(TypeError, match="beta"):
-        fastelbo.ELBOLoss(beta="1")  # type: ignore[arg-type]
+    assert repr(fastelbo.Reparameterize(3)) == "Reparameterize(num_samples=3)"
+    assert repr(fastelbo.Reparameterize(seed=7)) == "Reparameterize(num_samples=None, seed=7)"
+    assert repr(fastelbo.ELBOLoss(0.2)) == "ELBOLoss(beta=0.2, reduction='batchmean')"
+    assert "beta=..." in repr(fastelbo.ELBOLoss().to("meta"))
+
+
+def test_a_parameter_is_shared() -> None:
+    """An optimizer of the module trains the very parameter that the caller has."""
+    recon, x, mu, logvar = (torch.randn(s) for s in ((4, 3), (4, 3), (4, 2), (4, 2)))
+    for learned in (False, True):
+        for build, args in ((fastelbo.ELBOLoss, (recon, x, mu, logvar)), (linear, (x, mu, logvar))):
+            mine = nn.Parameter(torch.tensor(0.5))
+            module = build(recon_logvar=mine, learned=learned)
+            assert module.recon_logvar is mine
+            assert dict(module.named_parameters())["recon_logvar"] is mine
+            module(*args).backward()
+            torch.optim.SGD(module.parameters(), lr=1.0).step()
+            assert mine.grad is not None
+            assert mine.item() == 0.5 - mine.grad.item() != 0.5
+
+
+def linear(**options: Any) -> fastelbo.LinearELBO:
+    return fastelbo.LinearELBO(2, 3, **options)
+
+
+# ---- beta ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_beta_is_a_buffer() -> None:
+    for build in (fastelbo.ELBOLoss, linear):
+        module = build(beta=0.25)
+        assert set(dict(module.named_buffers())) == {"beta"}
+        held = module.beta
+        assert (held.shape, held.dtype, held.requires_grad) == ((), torch.float32, False)
+        for value in (0.5, 2, np.float32(0.75), torch.tensor(3.0), torch.tensor([4.0]), torch.tensor(5)):
+            module.beta = value
+            assert module.beta is held  # where compiled code and captured graphs look
+            assert held.item() == float(value)
+        other = build()
+        assert other.load_state_dict(module.state_dict()) == ([], [])
+        assert other.beta.item() == 5
+        assert copy.deepcopy(module).beta.item() == 5
+        with torch.device("meta"):
+            empty = build()
+        empty.load_state_dict(module.state_dict(), assign=True)
+        assert empty.beta.item() == 5
+
+
+def test_beta_comes_first() -> None:
+    assert fastelbo.ELBOLoss(0.5).beta.item() == 0.5
+    assert fastelbo.ELBOLoss(torch.tensor(0.5)).beta.item() == 0.5
+
+
+def test_the_callers_tensor_is_not_written_to() -> None:
+    mine = torch.tensor(0.5)
+    module = fastelbo.ELBOLoss(mine)
+    module.beta = 1.0
+    assert mine.item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_beta(dtype: torch.dtype) -> None:
+    """0.3 is 0.30005 in float16 and 0.30078 in bfloat16."""
+    for module in (fastelbo.ELBOLoss(0.3, recon_logvar=torch.zeros(3)).to(dtype), linear(beta=0.3).to(dtype),
+                   linear(beta=0.3, dtype=dtype), nn.Sequential(fastelbo.ELBOLoss(0.3)).to(dtype)[0]):  # fmt: skip
+        assert module.beta.dtype == torch.float32
+        assert torch.equal(module.beta, torch.tensor(0.3))
+        assert module.to("meta").beta.is_meta
+    assert fastelbo.ELBOLoss(0.3, recon_logvar=torch.zeros(3)).to(dtype).recon_logvar.dtype == dtype
+    assert torch.equal(fastelbo.ELBOLoss(torch.tensor(0.3, dtype=dtype)).beta, torch.tensor(0.3, dtype=dtype).float())
+
+
+def test_beta_in_double_precision() -> None:
+    exact = torch.tensor(0.3, dtype=torch.float64)
+    assert torch.equal(fastelbo.ELBOLoss(exact).beta, exact)
+    assert torch.equal(linear(beta=0.3, dtype=torch.float64).beta, exact)
+    assert fastelbo.ELBOLoss(exact).half().beta.dtype == torch.float64
+    module = fastelbo.ELBOLoss().double()
+    module.beta = 0.3
+    assert torch.equal(module.beta, exact)
+
+
+def test_state_dicts_without_beta_load() -> None:
+    """Of older versions, where beta was a plain attribute, and of a torch.nn.Linear."""
+    model = nn.Sequential(fastelbo.ELBOLoss(0.25, learned=True))
+    model.load_state_dict({"0.recon_logvar": torch.tensor(1.5)})
+    assert (model[0].beta.item(), model[0].recon_logvar.item()) == (0.25, 1.5)
+    layer, module = nn.Linear(2, 3), linear(beta=0.25)
+    module.load_state_dict(layer.state_dict())
+    assert torch.equal(module.weight, layer.weight)
+    assert module.beta.item() == 0.25
+    with pytest.raises(RuntimeError, match="recon_logvar"):
+        model.load_state_dict({"0.beta": torch.tensor(1.0)})
+
+
+@each_backend
+def test_beta_at_the_call(backend: Backend) -> None:
+    args = batch(backend)
+    loss = fastelbo.ELBOLoss(0.3, impl=backend.impl).to(backend.device)
+    same(loss(*args, beta=0.0), truth(args, beta=0.0))
+    same(loss(*args, beta=2), truth(args, beta=2.0))
+    same(loss(*args), truth(args, beta=0.3))
+    each = torch.tensor([0.0, 1.0, 2.0, 0.5], device=backend.device, requires_grad=True)
+    (found,) = torch.autograd.grad(loss(*args, beta=each), each)
+    kl = fastelbo.gaussian_kl(*args[2:])
+    torch.testing.assert_close(found, kl / 4, rtol=2e-6, atol=0)
+
+    x, mu, logvar = (torch.randn(s, device=backend.device) for s in ((4, 3), (4, 2), (4, 2)))
+    layer = linear(beta=0.3, impl=backend.impl).to(backend.device)
+    options = {"seed": 1, "impl": backend.impl}
+    for beta in (None, 0.0, 2.0):
+        expected = fastelbo.linear_elbo_loss(
+            x, mu, logvar, layer.weight, layer.bias, beta=0.3 if beta is None else beta, **options
+        )  # fmt: skip
+        torch.testing.assert_close(layer(x, mu, logvar, beta=beta, seed=1), expected, rtol=1e-6, atol=0)
+
+
+@each_backend
+def test_backward_has_the_beta_of_its_forward(backend: Backend) -> None:
+    """Here backward computes from the inputs: a second time, or in float16, where forward writes no gradients."""
+    args = batch(backend)
+    halves = [a.detach().half().requires_grad_() for a in args]
+    loss = fastelbo.ELBOLoss(1.0, impl=backend.impl).to(backend.device)
+    for tensors in (args, halves):
+        loss.beta = 1.0
+        out = loss(*tensors)
+        first = torch.autograd.grad(out, tensors, retain_graph=True)
+        loss.beta = 100.0
+        second = torch.autograd.grad(out, tensors)
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-6)
+
+
+def test_beta_of_functional_call() -> None:
+    args = [torch.randn(s) for s in ((4, 3), (4, 3), (4, 2), (4, 2))]
+    loss = fastelbo.ELBOLoss(0.3)
+    slope = torch.func.grad(lambda beta: torch.func.functional_call(loss, {"beta": beta}, tuple(args)))(torch.tensor(0.5))
+    torch.testing.assert_close(slope, fastelbo.gaussian_kl(*args[2:]).mean())
+    assert torch.equal(loss.beta, torch.tensor(0.3))
+
+
+def test_a_scheduled_beta_compiles_once() -> None:
+    args = [torch.randn(s) for s in ((4, 3), (4, 3), (4, 2), (4, 2))]
+    loss, counter = fastelbo.ELBOLoss(0.3, learned=True), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for beta in (0.0, 0.1, 0.7, 2, torch.tensor(0.5)):
+        loss.beta = beta
+        torch.testing.assert_close(compiled(*args), loss(*args))
+    assert counter.frame_count == 1
+
+    def step(beta: torch.Tensor) -> Any:
+        loss.beta = beta
+        return loss(*args)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(torch.tensor(0.2)), loss(*args, beta=0.2))
+    assert torch.equal(loss.beta, torch.tensor(0.2))
+
+
+# ---- what is refused when a module is built --------------------------------------------------------------------------------------
+
+LOSSES: list[Any] = [fastelbo.ELBOLoss, linear]
+OF_LOSSES: list[tuple[str, Any, type[Exception], str]] = [
+    ("beta", "1", TypeError, "beta must be a number or a tensor, got str"),
+    ("beta", None, TypeError, "beta must be a number or a tensor, got NoneType"),
+    ("beta", True, TypeError, "beta must be a number or a tensor, got bool"),
+    ("beta", torch.ones(3), ValueError, "beta must be a number or a real tensor of shape (), (1,)"),
+    ("beta", torch.ones(1, 1), ValueError, "beta must be a number or a real tensor of shape (), (1,)"),
+    ("beta", torch.tensor(1j), ValueError, "beta must be a number or a real tensor of shape (), (1,)"),
+    ("beta", nn.Parameter(torch.tensor(1.0)), ValueError, "beta requires grad"),
+    ("recon_logvar", "1", TypeError, "recon_logvar must be a number or a torch.Tensor, got str"),
+    ("recon_logvar", True, TypeError, "recon_logvar must be a number or a torch.Tensor, got bool"),
+    ("recon_logvar", torch.tensor(1), TypeError, "recon_logvar must be float16, bfloat16, float32 or float64, got torch.int64"),
+    ("recon_logvar", torch.ones((), requires_grad=True), ValueError, "recon_logvar requires grad"),
+    ("reduction", "avg", ValueError, "reduction must be one of 'none', 'batchmean', 'sum', 'mean', got 'avg'"),
+    ("reduction", None, ValueError, "reduction must be one of 'none', 'batchmean', 'sum', 'mean', got None"),
+    ("impl", "cuda", ValueError, "impl must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'"),
+    ("impl", 3, ValueError, "impl must be one of 'auto', 'triton', 'torch', 'reference', got 3"),
+    ("return_terms", "no", TypeError, "return_terms must be a bool, got str"),
+    ("return_terms", None, TypeError, "return_terms must be a bool, got NoneType"),
+    ("full", 1, TypeError, "full must be a bool, got int"),
+    ("learned", torch.ones(3), TypeError, "learned must be a bool, got Tensor"),
+]
+SAMPLES: list[tuple[str, Any, type[Exception], str]] = [
+    ("num_samples", 0, ValueError, "num_samples must be at least 1, got 0"),
+    ("num_samples", 1.5, TypeError, "num_samples must be an int, got float"),
+    ("num_samples", True, TypeError, "num_samples must be an int, got bool"),
+]
+REFUSED: list[tuple[Any, str, Any, type[Exception], str]] = [
+    *((build, *case) for build in LOSSES for case in OF_LOSSES),
+    (fastelbo.ELBOLoss, "logvar_clamp", 3.0, TypeError, "logvar_clamp must be a pair (lo, hi) of numbers"),
+    (fastelbo.ELBOLoss, "logvar_clamp", (1.0, "2"), TypeError, "logvar_clamp must be a pair (lo, hi) of numbers"),
+    (fastelbo.ELBOLoss, "logvar_clamp", (1.0, 0.0), ValueError, "logvar_clamp must be (lo, hi) with lo <= hi, got (1.0, 0.0)"),
+    *((build, *case) for build in (fastelbo.Reparameterize, linear) for case in SAMPLES),
+    (linear, "precision", "fp8", ValueError, "precision must be one of None, 'ieee', 'tf32', 'tf32x3', got 'fp8'"),
+    (linear, "recon_logvar", torch.ones(4), ValueError, "recon_logvar has shape (4,), which does not broadcast"),
+    (linear, "recon_logvar", torch.ones(1, 3), ValueError, "recon_logvar has shape (1, 3), expected one value"),
+    (fastelbo.Reparameterize, "impl", "cuda", ValueError, "impl must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'"),
+    (fastelbo.Reparameterize, "seed", 0.5, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+    (fastelbo.Reparameterize, "seed", 2**64, ValueError, "seed must lie in [-2**63, 2**64)"),
+    (fastelbo.Reparameterize, "seed", torch.ones(2), TypeError, "seed must be an int or a 0-d int64 tensor, got a torch.float32"),
+    (fastelbo.GaussianNLLLoss, "reduction", "batchmean", ValueError, "batchmean is not valid"),
+    (fastelbo.GaussianNLLLoss, "reduction", None, ValueError, "None is not valid"),
+    (fastelbo.GaussianNLLLoss, "eps", "1e-6", TypeError, "eps must be a number, got str"),
+    (fastelbo.GaussianNLLLoss, "eps", None, TypeError, "eps must be a number, got NoneType"),
+    (fastelbo.GaussianNLLLoss, "eps", -1.0, ValueError, "eps must not be negative, got -1.0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "value", "error", "message"), REFUSED, ids=[f"{case[0].__name__}-{case[1]}-{case[2]}" for case in REFUSED]
+)
+def test_a_bad_value_fails_when_the_module_is_built(
+    build: Any, name: str, value: Any, error: type[Exception], message: str
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        build(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["1", None, True, torch.ones(3), nn.Parameter(torch.tensor(1.0))], ids=str)
+def test_a_bad_beta_is_not_assigned(value: Any) -> None:
+    module = fastelbo.ELBOLoss(0.5)
+    with pytest.raises((TypeError, ValueError), match=r"^beta "):
+        module.beta = value
+    assert module.beta.item() == 0.5
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    module = fastelbo.ELBOLoss(np.float64(0.5), recon_logvar=np.float32(0.25), logvar_clamp=(np.float32(-1), None))
+    assert (module.beta.item(), module.recon_logvar) == (0.5, 0.25)
+    assert fastelbo.Reparameterize(np.int64(2), seed=np.int64(7)).num_samples == 2
+    assert fastelbo.GaussianNLLLoss(eps=np.float32(0.5)).eps == 0.5
 
 
 # ---- Reparameterize --------------------------------------------------------------------------------------------------------------
@@ -156,6 +387,103 @@ def test_reparameterize_module(backend: Backend) -> None:
         (g,) = torch.autograd.grad(z.sum(), mu)
         assert torch.equal(g, torch.full_like(mu, samples or 1))
     assert not list(fastelbo.Reparameterize().parameters())
+    assert fastelbo.Reparameterize().state_dict() == {}
+
+
+def draws(sample: fastelbo.Reparameterize, calls: int, device: torch.device | None = None) -> torch.Tensor:
+    """The noise of so many calls."""
+    zero = torch.zeros(4, 50, device=device)
+    return torch.stack([sample(zero, zero) for _ in range(calls)])
+
+
+@each_backend
+def test_a_seed_names_a_sequence(backend: Backend) -> None:
+    first, again, other = (fastelbo.Reparameterize(seed=s, impl=backend.impl).to(backend.device) for s in (7, 7, 8))
+    noise = draws(first, 5, backend.device)
+    assert torch.equal(draws(again, 5, backend.device), noise)
+    # No two calls of the ten repeat each other's noise, whichever module made them.
+    calls = torch.cat([noise, draws(other, 5, backend.device)]).flatten(1)
+    assert torch.corrcoef(calls).fill_diagonal_(0).abs().max() < 0.4
+    assert calls.mean().abs() < 0.1
+    assert abs(calls.std() - 1) < 0.1
+    assert first.counter is not None
+    assert first.counter.item() == 5
+    samples = fastelbo.Reparameterize(3, seed=7, impl=backend.impl).to(backend.device)
+    assert draws(samples, 2, backend.device).shape == (2, 3, 4, 50)
+
+
+def test_the_sequence_stays() -> None:
+    """Of a seed, over versions: runs are resumed with them."""
+    for seed in (7, torch.tensor(7)):
+        sample = fastelbo.Reparameterize(seed=seed)
+        for call in range(3):
+            expected = fastelbo.noise.philox_normal((4, 50), 1606183886791375402 + call)
+            assert torch.equal(draws(sample, 1)[0], expected)
+    # An int counts modulo 2**64, as it does for the functions.
+    assert torch.equal(draws(fastelbo.Reparameterize(seed=-1), 1), draws(fastelbo.Reparameterize(seed=2**64 - 1), 1))
+
+
+def test_a_resumed_run_has_the_noise_it_would_have_had() -> None:
+    sample = nn.Sequential(fastelbo.Reparameterize(seed=7))
+    draws(sample[0], 3)
+    saved = copy.deepcopy(sample.state_dict())
+    assert set(saved) == {"0.counter"}
+    expected = draws(sample[0], 3)
+    resumed = nn.Sequential(fastelbo.Reparameterize(seed=7))
+    resumed.load_state_dict(saved)
+    assert torch.equal(draws(resumed[0], 3), expected)
+    # A state_dict of a run without a seed leaves the counter where it is.
+    resumed.load_state_dict({})
+    assert resumed[0].counter.item() == 6
+    assert resumed.half()[0].counter.dtype == torch.int64
+
+
+def test_what_does_not_advance_the_sequence() -> None:
+    mu, logvar = torch.randn(4, 2), torch.randn(4, 2)
+    sample = fastelbo.Reparameterize(seed=7)
+    expected = draws(fastelbo.Reparameterize(seed=7), 1)
+    sample.eval()
+    assert torch.equal(sample(mu, logvar), mu)
+    sample.train()
+    assert torch.equal(sample(mu, logvar, seed=1), fastelbo.reparameterize(mu, logvar, seed=1))
+    sample(mu, logvar, eps=torch.zeros(4, 2))
+    sample(mu, logvar, generator=torch.Generator())
+    with pytest.raises(ValueError, match="logvar"):
+        sample(mu, logvar[:2])
+    assert sample.counter is not None
+    assert sample.counter.item() == 0
+    assert torch.equal(draws(sample, 1), expected)
+
+
+def test_backward_has_the_noise_of_its_forward() -> None:
+    sample = fastelbo.Reparameterize(seed=7)
+    mu, logvar = torch.zeros(4, 50, requires_grad=True), torch.zeros(4, 50, requires_grad=True)
+    first = sample(mu, logvar)
+    second = sample(mu, logvar)
+    for z in (first, second):
+        (found,) = torch.autograd.grad(z.sum(), logvar)
+        torch.testing.assert_close(found, z.detach() / 2)
+
+
+def test_a_sequence_is_not_computed_again() -> None:
+    """Checkpointing would go on with other noise than forward had, and its gradients would be wrong."""
+    mu, logvar = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    sample = fastelbo.Reparameterize(seed=7)
+    z = checkpoint(sample, mu, logvar, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        z.sum().backward()
+    checkpoint(sample, mu, logvar, seed=3, use_reentrant=False).sum().backward()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_sequence_under_compile(compiler: str) -> None:
+    expected = draws(fastelbo.Reparameterize(seed=7), 3)
+    sample, counter = fastelbo.Reparameterize(seed=7), CompileCounterWithBackend(compiler)
+    found = draws(torch.compile(sample, fullgraph=True, backend=counter), 3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert sample.counter is not None
+    assert sample.counter.item() == 3
+    assert counter.frame_count == 1
 
 
 @each_backend

@@ -272,3 +272,18 @@ def test_errors_say_the_way_out(backend: Backend) -> None:
         fastelbo.elbo_loss(**t, kl_weight=torch.ones(B))
     with pytest.raises(TypeError, match=r"logvar_clamp must be a pair \(lo, hi\) of numbers, one of which may be None"):
         fastelbo.gaussian_kl(t["mu"], t["logvar"], logvar_clamp=("a", None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_backend
+def test_a_beta_that_is_written_to_before_backward(backend: Backend, dtype: torch.dtype) -> None:
+    """A schedule may write to its tensor at any time: backward has the value of the call."""
+    t = drawn(backend.device)
+    v = {n: x.detach().to(dtype).requires_grad_(n != "x") for n, x in t.items()}
+    beta = torch.tensor(0.5, device=backend.device)
+    asked = [v["mu"], v["logvar"]]
+    want = torch.autograd.grad(fastelbo.elbo_loss(**v, beta=0.5, impl=backend.impl), asked)
+    loss = fastelbo.elbo_loss(**v, beta=beta, impl=backend.impl)
+    beta.fill_(7.0)
+    for _ in range(2):
+        assert_same(list(torch.autograd.grad(loss, asked, retain_graph=True)), list(want), rtol=1e-3)

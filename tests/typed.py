@@ -1,0 +1,68 @@
+# pyright: strict, reportUnknownMemberType=false
+"""Every public name in ordinary use. Type checkers read this file (tests/test_types.py), and it runs.
+
+What is unknown of a member is `Tensor.backward`, which torch gives no types.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import fastelbo
+
+recon, x = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+mu, logvar = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+weight, bias = torch.randn(6, 3), torch.zeros(6)
+flag = bool(x.sum() > 0)
+
+assert_type(fastelbo.reparameterize(mu, logvar, 2, seed=np.int64(7)), Tensor)
+assert_type(fastelbo.reparameterize_kl(mu, logvar, 0.0, logvar_clamp=(-30.0, None), reduction="sum"), tuple[Tensor, Tensor])
+assert_type(fastelbo.gaussian_kl(mu, logvar, prior_logvar=np.float32(0.5), batch_dims=2, impl="torch"), Tensor)
+assert_type(fastelbo.gaussian_nll(recon, x, var=0.5, weight=torch.ones(4, 1)), Tensor)
+assert_type(fastelbo.gaussian_nll_loss(recon, x, torch.ones(4, 6), reduction="sum"), Tensor)
+assert_type(fastelbo.elbo_terms(recon, x, mu, logvar, kl_weight=torch.ones(4, 3)), tuple[Tensor, Tensor])
+
+fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, reduction="mean").backward()
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar=nn.Parameter(torch.zeros(()))), Tensor)
+loss, nll, kl = fastelbo.elbo_loss(recon, x, mu, logvar, return_terms=True)
+assert_type(loss, Tensor)
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
+
+
+def decoder(z: Tensor) -> Tensor:
+    return z @ weight.T
+
+
+fastelbo.sgvb_loss(decoder, x, mu, logvar, num_samples=2, seed=1).backward()
+assert_type(fastelbo.sgvb_loss(decoder, x, mu, logvar, return_terms=True), tuple[Tensor, Tensor, Tensor])
+assert_type(fastelbo.sgvb_loss(decoder, x, mu, logvar, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
+fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, beta=torch.ones(4), precision="ieee").backward()
+assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=True), tuple[Tensor, Tensor, Tensor])
+assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
+assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
+assert_type(fastelbo.effective_beta(1.0, elements=6), float)
+
+posterior = fastelbo.DiagonalGaussian.from_moments(torch.randn(4, 6))
+assert_type(posterior, fastelbo.DiagonalGaussian)
+assert_type(posterior.rsample_kl(reduction="batchmean"), tuple[Tensor, Tensor])
+assert_type(posterior.kl(), Tensor)
+assert_type(posterior.nll(posterior.rsample()), Tensor)
+
+modules = nn.ModuleList(
+    [
+        fastelbo.ELBOLoss(beta=0.5, recon_logvar=nn.Parameter(torch.zeros(())), reduction="sum"),
+        fastelbo.GaussianNLLLoss(reduction="mean"),
+        fastelbo.LinearELBO(3, 6, learned=True),
+        fastelbo.Reparameterize(),
+    ]
+)
+
+with fastelbo.verify(rtol=1e-4) as report:
+    fastelbo.gaussian_kl(mu, logvar).sum().backward()
+assert_type(report.mismatches, int)
+mismatch: type[AssertionError] = fastelbo.NumericsMismatch
+comparison = fastelbo.compare("gaussian_kl", shape=(2, 3))
+print(len(modules), loss.item() > -1e9, nll.ndim, kl.ndim, mismatch.__name__, comparison.ok)
