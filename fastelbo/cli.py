@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,28 +88,31 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    need("compare", "cli", "rich")
-    if args.plot:
-        need("--plot", "demo", "matplotlib")
-    from rich.console import Console
-    from rich.progress import track
-
-    from .numerics.compare import load, plan, run
-    from .numerics.report import plot
-
     try:
         check_outputs(args.json, args.plot)
         shape = None if args.shape is None else parse_shape(args.shape)
+        if args.plot:
+            need("--plot", "demo", "matplotlib")
+            check_picture(args.plot)
+        from .numerics.compare import load, plan, run
+        from .numerics.report import plot
+
         tensors = None if args.tensors is None else load(args.tensors)
-        cases = plan(args.op, args.dtype, shape, args.logvar_range, args.seed, tensors)
+        cases: Iterable[Any] = plan(args.op, args.dtype, shape, args.logvar_range, args.seed, tensors)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise Refused(str(error).splitlines()[0]) from error
 
-    console = Console(highlight=False, width=100)
-    watched = track(cases, "comparing", console=console, transient=True, disable=not console.is_terminal)
-    result = run(watched, args.seed)
-    console.print(result)
-    console.print(str(result), style=None if result.ok else "bold red", markup=False, soft_wrap=True)
+    if is_installed("rich"):
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(highlight=False, width=100)
+        result = run(track(cases, "comparing", console=console, transient=True, disable=not console.is_terminal), args.seed)
+        console.print(result)
+        console.print(str(result), style=None if result.ok else "bold red", markup=False, soft_wrap=True)
+    else:
+        result = run(cases, args.seed)
+        print(result.table(), result, sep="\n\n")
     try:
         if args.json:
             args.json.write_text(result.to_json())
@@ -134,12 +137,14 @@ def check_outputs(figures: Path | None, picture: Path | None) -> None:
             raise ValueError(f"cannot write {path}: it is a folder")
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if picture:
-        from matplotlib.figure import Figure
 
-        known = Figure().canvas.get_supported_filetypes()
-        if picture.suffix[1:].lower() not in known:
-            raise ValueError(f"cannot draw {picture}: its name must end in one of {', '.join(sorted(known))}")
+
+def check_picture(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"cannot draw {path}: its name must end in one of {', '.join(sorted(known))}")
 
 
 def run_info(args: argparse.Namespace) -> int:

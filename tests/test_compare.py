@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,14 +400,32 @@ def test_what_cannot_be_compared(
 @pytest.mark.parametrize(
     ("missing", "argv", "message"),
     [
-        ("rich", (), 'compare needs rich: pip install "fastelbo[cli]"'),
         ("matplotlib", ("--plot", "x.png"), '--plot needs matplotlib: pip install "fastelbo[demo]"'),
+        # Arguments first: nobody installs something to be told that the call was wrong.
+        ("matplotlib", ("--plot", "x.png", "--shape", "a"), "shape must be numbers"),
     ],
 )
 def test_extras(missing: str, argv: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     installed = cli.is_installed
     monkeypatch.setattr(cli, "is_installed", lambda name: name != missing and installed(name))
-    assert command(*argv) == (2, "", f"fastelbo: {message}\n")
+    status, out, err = command(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fastelbo: {message}")
+
+
+def test_a_plain_table_where_rich_is_missing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures in the same order, and the verdict."""
+    argv = "--op", "gaussian_nll/fixed", "--shape", "3,4", "--dtype", "float32"
+    status, of_rich, _ = command(*argv)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(cli, "is_installed", lambda name: name != "rich")
+    plain_status, plain, err = command(*argv)
+    assert (status, plain_status, err) == (0, 0, "")
+    assert "All are within it." in plain
+    lines = [line.split() for line in plain.splitlines() if line.startswith("  d ")]
+    assert len(lines) == 2
+    figures = [line.split() for line in of_rich.splitlines() if line.lstrip().startswith("d ")]
+    assert lines == figures
 
 
 def test_nothing_to_plot(command: Command, tmp_path: Path) -> None:

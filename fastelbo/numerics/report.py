@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `print` gives the verdict, rich's `print` the table."""
+    """What `compare` found. `print` gives the verdict, `table()` and rich's `print` the table."""
 
     rows: list[Row] = field(repr=False)
     seed: int
@@ -134,11 +134,23 @@ class Comparison:
         more = [f"and {len(told) - TOLD} more kinds"] if len(told) > TOLD else []
         return "\n".join([*lines, f"{len(failures)} are NOT within it. The worst of each kind:", *told[:TOLD], *more])
 
+    def table(self) -> str:
+        """The table as plain text."""
+        return "\n\n".join(_plain(title, lines) for title, lines in self._tables())
+
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        kinds = _grouped(self.rows, attrgetter("dtype", "backend", "device"))
-        return Group(*(_table("{}, backend {}, {}".format(*kind), rows) for kind, rows in kinds.items()))
+        return Group(*(_rich(title, lines) for title, lines in self._tables()))
+
+    def _tables(self) -> Iterator[tuple[str, list[Line]]]:
+        for kind, rows in _grouped(self.rows, attrgetter("dtype", "backend", "device")).items():
+            yield "{}, backend {}, {}: largest error, 99th percentile and mean, in ulp".format(*kind), _lines(rows)
+
+
+class Line(NamedTuple):
+    cells: tuple[str, ...]
+    style: str | None = None
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -148,26 +160,37 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[R
     return groups
 
 
-def _table(kind: str, rows: list[Row]) -> Any:
-    """A line for each result: the largest among its cases of the largest error, of the 99th percentile and of the mean."""
-    from rich import box
-    from rich.table import Table
-
-    title = f"{kind}: largest error, 99th percentile and mean, in ulp"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _lines(rows: list[Row]) -> list[Line]:
+    """The heads, and a line for each result: the largest among its cases of each error."""
     heads = {"fused": "fused", "eager": "eager", "widened": "eager float32", "library": "torch's own"}
     shown = [key for key in heads if any(getattr(row, key) for row in rows)]
-    for head in ("", *(heads[key] for key in shown), "relative:\nfused eager"):
-        table.add_column(head, justify="right" if head else "left", no_wrap=True)
-
+    out = [Line(("", *(heads[key] for key in shown), "relative: fused eager"))]
     for op, of_op in _grouped(rows, attrgetter("op")).items():
-        table.add_row(op, style="cyan")
+        out.append(Line((op, *("" for _ in shown), ""), "cyan"))
         for result, cases in _grouped(of_op, attrgetter("result")).items():
             of = {key: [e for row in cases if (e := getattr(row, key)) is not None] for key in shown}
             relative = " ".join(_power(_largest(of[key]).max_relative) for key in ("fused", "eager"))
             style = None if all(row.ok for row in cases) else "bold red"
-            table.add_row(f"  {result}", *(_cell(of[key]) for key in shown), relative, style=style)
+            out.append(Line((f"  {result}", *(_cell(of[key]) for key in shown), relative), style))
+    return out
+
+
+def _rich(title: str, lines: list[Line]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in lines[0].cells:
+        table.add_column(head.replace(": ", ":\n"), justify="right" if head else "left", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line.cells, style=line.style)
     return table
+
+
+def _plain(title: str, lines: list[Line]) -> str:
+    widths = [max(map(len, column)) for column in zip(*(line.cells for line in lines), strict=True)]
+    padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells, _ in lines)
+    return "\n".join([title, *("  ".join(cells).rstrip() for cells in padded)])
 
 
 def _largest(found: list[Errors]) -> Errors:
