@@ -82,7 +82,7 @@ def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     if isinstance(value, NUMBER):
         if torch.compiler.is_compiling():
             return symbolic(value, mu).expand(mu.shape)
-        return torch.full((), value, dtype=accumulate_dtype(mu), device=mu.device).expand(mu.shape)
+        return mu.new_full((), value, dtype=accumulate_dtype(mu), device=mu.device).expand(mu.shape)
     assert isinstance(value, Tensor)
     if value.ndim == mu.ndim and value.shape == mu.shape:
         return value

@@ -7,7 +7,8 @@ Three rules hold for all of them.
 - What a forward pass keeps for its backward (gradients that are ready, for instance) is handed over once and forgotten. Every later
   backward starts from the saved inputs. No tensor that a caller can see is written again.
 - What a custom backward cannot serve goes through the reference expression: transforms of torch.func, forward-mode
-  differentiation, and backward with grad mode on (`create_graph=True`), so that double backward is right.
+  differentiation, subclasses that wrap tensors (DTensor), and backward with grad mode on (`create_graph=True`), so that double
+  backward is right.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .specs import (
     Op,
 )
 from .specs import Latent as LatentSpec
-from .tracing import are_batched, is_transformed
+from .tracing import are_batched, are_wrapped, is_transformed
 
 Outputs = tuple[Tensor | None, ...]
 
@@ -172,7 +173,7 @@ class PackedLatent(Function):
 
 def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any) -> Any:
     """The outputs of an op, as one backend computes them; None stands for the reference."""
-    if backend is None or is_transformed():
+    if backend is None or is_transformed() or are_wrapped(inputs):
         return function.expression(inputs, spec)
     op = getattr(backend, function.op)
     count = DIFFERENTIABLE[function.inputs]
@@ -183,7 +184,7 @@ def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any
 
 def call_packed(backend: Backend, spec: LatentSpec, dim: int, moments: Tensor, inputs: LatentInputs) -> Any:
     """As `call` of `Latent`, where mu and logvar are the halves of `moments` along `dim`."""
-    if is_transformed():
+    if is_transformed() or are_wrapped((moments, *inputs[2:])):
         return reference.latent(inputs, spec)
     op = backend.latent
     if not _needs_gradient((moments, *inputs[2:4])):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dtypes import on_host, plain
-from .tracing import INT
+from .tracing import INT, are_wrapped
 from .types import Seed
 
 __all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
@@ -90,7 +90,19 @@ def philox_normal(
 
 def sample_noise(mu: Tensor, seed: Tensor, samples: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The noise of z that the seed stands for: of mu's shape, or of (samples, *mu.shape)."""
-    return philox_normal(mu.shape if samples is None else (samples, *mu.shape), seed, device=mu.device, dtype=dtype)
+    drawn = philox_normal(mu.shape if samples is None else (samples, *mu.shape), seed, device=mu.device, dtype=dtype)
+    return _placed_as(drawn, mu) if are_wrapped((mu,)) else drawn
+
+
+def _placed_as(noise: Tensor, mu: Tensor) -> Tensor:
+    """Beside a DTensor every process draws the whole noise and keeps its part, so that the number of processes does not matter."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    if not isinstance(mu, DTensor):
+        return noise
+    lead = noise.ndim - mu.ndim
+    placements = [Shard(p.dim + lead) if isinstance(p, Shard) else Replicate() for p in mu.placements]
+    return distribute_tensor(noise, mu.device_mesh, placements, src_data_rank=None)
 
 
 # ---- plain expressions: for a GPU, for Inductor, which fuses them, and for whatever else looks on --------------------------------

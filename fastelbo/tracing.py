@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -31,6 +33,17 @@ def is_transformed() -> bool:
 def are_batched(gradients: Iterable[torch.Tensor]) -> bool:
     """Whether these come from `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own."""
     return True in [torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients]
+
+
+_ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
+def are_wrapped(tensors: Iterable[Any]) -> bool:
+    """Whether a subclass that wraps other tensors, such as a DTensor, is among these. Tracers' own stand-ins are not meant."""
+    if _ORDINARY.issuperset(map(type, tensors)):
+        return False
+    wrapped = [t for t in tensors if is_traceable_wrapper_subclass(t)]
+    return not all(isinstance(t, FunctionalTensor) for t in wrapped)
 
 
 nodes: list[Callable[..., Any]] = []
