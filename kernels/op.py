@@ -23,14 +23,18 @@ def op_of(run: Callable[..., tuple[tuple[Tensor | None, ...], Gradients]], early
     A float16 gradient written before GradScaler's factor is known, and already divided by the batch, would underflow.
     """
 
+    def is_early(inputs: Any, spec: Any, needs: Needs) -> bool:
+        return early(spec) and any(needs) and not has_float16(inputs[: len(needs)])
+
     def forward(inputs: Any, spec: Any, needs: Needs) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
-        is_early = early(spec) and any(needs) and not has_float16(inputs[: len(needs)])
-        outputs, gradients = run(inputs, spec, needs if is_early else (False,) * len(needs), None)
-        return outputs, gradients if is_early else None
+        if is_early(inputs, spec, needs):
+            return run(inputs, spec, needs, None)
+        return run(inputs, spec, (False,) * len(needs), None)[0], None
 
     def backward(inputs: Any, spec: Any, grads: Gradients, needs: Needs, kept: Gradients | None, **options: Any) -> Gradients:
         # A later pass makes them as the first did: otherwise the two would differ in their last bits.
-        kept = forward(inputs, spec, needs)[1] if kept is None else kept
+        if kept is None and is_early(inputs, spec, needs):
+            kept = run(inputs, spec, needs, None)[1]
         if kept is not None:
             return _scale_gradients(kept, grads[0])
         return run(inputs, spec, needs, grads, **options)[1]

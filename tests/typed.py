@@ -50,6 +50,10 @@ assert_type(posterior, fastelbo.DiagonalGaussian)
 assert_type(posterior.rsample_kl(reduction="batchmean"), tuple[Tensor, Tensor])
 assert_type(posterior.kl(), Tensor)
 assert_type(posterior.nll(posterior.rsample()), Tensor)
+assert_type(posterior.log_prob(posterior.sample((2,))), Tensor)
+assert_type(posterior.sample(torch.Generator()), Tensor)
+assert_type(posterior.entropy(), Tensor)
+assert_type(posterior.batch_shape, torch.Size)
 
 modules = nn.ModuleList(
     [
