@@ -15,9 +15,9 @@ from torch import Tensor
 from . import checks
 from .dtypes import accumulate_dtype, plain
 from .noise import check_seed, draw_seed
-from .specs import KL, Factor
+from .specs import KL, Factor, LatentInputs
 from .tracing import NUMBER
-from .types import Number, Seed
+from .types import Number, Reduction, Seed
 
 
 def symbolic(value: float, like: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def weighed(beta: Factor, kl: Tensor, spec: KL) -> tuple[Tensor, Tensor]:
     return product.sum() * spec.scale, kl.sum() * spec.scale
 
 
-def weight(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
+def weight_of(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
     """A bool mask or weights; integers, as attention masks are, count as numbers."""
     checks.weight(name, value, to, t.shape, t.device)
     return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
@@ -165,3 +165,21 @@ def noise(
         return torch.randn_like(mu, requires_grad=False), None
     noise = torch.empty_like(mu, requires_grad=False) if num_samples is None else mu.new_empty(shape)
     return noise.normal_(generator=generator), None
+
+
+def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, name: str = "weight") -> LatentInputs:
+    """Check what a KL takes, and return it without noise. The weight has a name of its own beside another one."""
+    if prior_mu is not None:
+        prior_mu = prior("prior_mu", prior_mu, mu)
+    if prior_logvar is not None:
+        prior_logvar = prior("prior_logvar", prior_logvar, mu)
+    if weight is not None:
+        weight = weight_of(name, weight, "mu", mu)
+    return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
+
+
+def kl_of(inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any) -> KL:
+    """Check the options of a KL, and return its record."""
+    keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
+    scale = scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, inputs[:4])
+    return KL(keep, scale, logvar_clamp if logvar_clamp is None else checks.clamp(logvar_clamp))

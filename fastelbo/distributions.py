@@ -12,7 +12,7 @@ from torch.distributions import register_kl
 
 from . import arguments, checks
 from .dtypes import LOG_2PI, accumulate_dtype, plain
-from .functional import gaussian_nll, kl_of, posterior, reparameterised
+from .functional import gaussian_nll, reparameterised
 from .specs import Latent, LatentInputs
 from .tracing import one_node
 from .types import Clamp, Impl, Int, Reduction, Seed
@@ -77,8 +77,8 @@ def of_posterior(
     """
     mu, logvar, clamp, impl, moments, dim = q
     weight, reduction, batch_dims = kl or (None, "none", 0)
-    inputs = posterior(mu, logvar, *prior, weight)
-    spec = Latent(kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
+    inputs = arguments.posterior(mu, logvar, *prior, weight)
+    spec = Latent(arguments.kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
     if noise is not None:
         inputs = LatentInputs(*inputs[:5], *_noise(mu, num_samples, *noise))
     return reparameterised(inputs, spec, impl, None if moments is None else (moments, dim))

@@ -95,9 +95,9 @@ def sgvb_loss(
         raise ValueError(f"x has shape {tuple(x.shape)} and mu {tuple(mu.shape)}: their first dimensions, the batch, must be equal")
     factor = arguments.factor("beta", beta, (x, mu, logvar), x.device, x.shape[0])
     if weight is not None:
-        weight = arguments.weight("weight", weight, "x", x)
+        weight = arguments.weight_of("weight", weight, "x", x)
     if kl_weight is not None:
-        kl_weight = arguments.weight("kl_weight", kl_weight, "mu", mu)
+        kl_weight = arguments.weight_of("kl_weight", kl_weight, "mu", mu)
     if count == 1 and (eps is None or eps.shape == mu.shape):
         samples = None  # the same noise as one call of `reparameterize`
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, autograd, backend, checks
 from .dtypes import on_host, plain
-from .specs import KL, Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
+from .specs import Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import FLOAT, is_transformed, one_node
 from .types import Clamp, ElboOptions, Impl, Int, Number, Reduction, Seed
 
@@ -36,24 +36,6 @@ def reparameterised(
     else:
         z, kl = autograd.call_packed(chosen, spec, packed[1], packed[0], inputs)
     return z, kl * scale if traced and spec.want_kl else kl
-
-
-def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, name: str = "weight") -> LatentInputs:
-    """Check what a KL takes, and return it without noise. The weight has a name of its own beside another one."""
-    if prior_mu is not None:
-        prior_mu = arguments.prior("prior_mu", prior_mu, mu)
-    if prior_logvar is not None:
-        prior_logvar = arguments.prior("prior_logvar", prior_logvar, mu)
-    if weight is not None:
-        weight = arguments.weight(name, weight, "mu", mu)
-    return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
-
-
-def kl_of(inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any) -> KL:
-    """Check the options of a KL, and return its record."""
-    keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
-    scale = arguments.scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, inputs[:4])
-    return KL(keep, scale, logvar_clamp if logvar_clamp is None else checks.clamp(logvar_clamp))
 
 
 # ---- before the decoder ----------------------------------------------------------------------------------------------------------
@@ -125,8 +107,8 @@ def reparameterize_kl(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
     """
     checks.pair("mu", mu, "logvar", logvar)
-    inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
-    kl = kl_of(inputs, reduction, batch_dims, logvar_clamp)
+    inputs = arguments.posterior(mu, logvar, prior_mu, prior_logvar, weight)
+    kl = arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp)
     samples: int | None = None if num_samples is None else plain(num_samples)
     noise = arguments.noise(mu, samples, eps, seed, generator)  # drawn when nothing is left that could be refused
     return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=samples), impl)
@@ -174,8 +156,8 @@ def gaussian_kl(
     checks.pair("mu", mu, "logvar", logvar)
     if isinstance(prior_mu, Tensor) or isinstance(prior_logvar, Tensor):
         mu, logvar = (arguments.against_priors(t, prior_mu, prior_logvar) for t in (mu, logvar))
-    inputs = posterior(mu, logvar, prior_mu, prior_logvar, weight)
-    return reparameterised(inputs, Latent(kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
+    inputs = arguments.posterior(mu, logvar, prior_mu, prior_logvar, weight)
+    return reparameterised(inputs, Latent(arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
 
 
 # ---- after the decoder -----------------------------------------------------------------------------------------------------------
@@ -234,7 +216,7 @@ def gaussian_nll(
     name, value = next(iter(given.items()), ("logvar", None))
     variance, parameter, number = arguments.variance(name, name, value, recon)
     if weight is not None:
-        weight = arguments.weight("weight", weight, "recon", recon)
+        weight = arguments.weight_of("weight", weight, "recon", recon)
     keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
     scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
     return _nll(NLLInputs(recon, x, variance, weight), Likelihood(keep, scale, parameter, number, bool(full)), impl)
@@ -325,10 +307,10 @@ def _elbo(
         )
     variance, _, number = arguments.variance("recon_logvar", "logvar", recon_logvar, recon)
     if weight is not None:
-        weight = arguments.weight("weight", weight, "recon", recon)
-    latent = posterior(mu, logvar, *prior, kl_weight, "kl_weight")
+        weight = arguments.weight_of("weight", weight, "recon", recon)
+    latent = arguments.posterior(mu, logvar, *prior, kl_weight, "kl_weight")
     inputs = ElboInputs(recon, x, variance, *latent[:4], weight, latent.weight)
-    kl = kl_of(latent, reduction, 1, logvar_clamp)
+    kl = arguments.kl_of(latent, reduction, 1, logvar_clamp)
     scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
     if reduction != "mean":
         scale = scale / samples
