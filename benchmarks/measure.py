@@ -10,7 +10,6 @@ import json
 import random
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -194,15 +193,6 @@ def peak_memory(step: Step, loss: Callable[..., Result], device: torch.device) -
         step(loss)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    found: list[int] = []
-    # On a thread of its own, whose first step allocates what fastelbo would have kept from earlier ones.
-    worker = threading.Thread(target=lambda: found.append(_profiled_peak(step, loss)))
-    worker.start()
-    worker.join()
-    return found[0]
-
-
-def _profiled_peak(step: Step, loss: Callable[..., Result]) -> int:
     for t in step.wanted:
         t.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
