@@ -36,6 +36,19 @@ def test_empty(backend: Backend, name: str, shape: tuple[int, ...]) -> None:
             assert g.shape == tensors[n].shape
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (4, 0)])
+@pytest.mark.parametrize("name", list(OPS))
+@each_backend
+def test_a_batch_without_samples_from_one_tensor(backend: Backend, name: str, shape: tuple[int, ...]) -> None:
+    """All inputs come from one leaf, by operations, as an encoder's outputs do; backward twice."""
+    leaf = torch.zeros(shape, device=backend.device, requires_grad=True)
+    out = OPS[name].fast({n: leaf.detach() if n == "eps" else leaf * 1 for n in OPS[name].names}, backend.impl)
+    total = sum(o.sum() for o in out) if isinstance(out, tuple) else out.sum()
+    for _ in range(2):
+        (slope,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        assert slope.shape == shape
+
+
 @each_backend
 def test_no_dimensions(backend: Backend) -> None:
     """0-d tensors are legal where no batch is asked for."""
