@@ -217,11 +217,11 @@ def served_by(version: ModuleType, workload: Workload) -> Call:
     """The workload's loss as that version computes it: workloads reach fastelbo through their module's own name for it."""
 
     def loss(**tensors: Tensor) -> Any:
-        workloads.fastelbo = version  # type: ignore[attr-defined]
+        workloads.__dict__["fastelbo"] = version
         try:
             return workload.fused(**tensors)
         finally:
-            workloads.fastelbo = fastelbo  # type: ignore[attr-defined]
+            workloads.__dict__["fastelbo"] = fastelbo
 
     return loss
 

@@ -88,7 +88,7 @@ def image_parts(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def image_fused(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    return fastelbo.elbo_loss(recon, x, mu, logvar, full=False)  # type: ignore[return-value]
+    return fastelbo.elbo_loss(recon, x, mu, logvar, full=False)
 
 
 def image_traffic(batch: int, elements: int, latents: int) -> tuple[int, int, int]:
@@ -120,7 +120,7 @@ def learned_parts(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, recon_lo
 
 
 def learned_fused(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, recon_logvar: Tensor) -> Tensor:
-    return fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar=recon_logvar)  # type: ignore[return-value]
+    return fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar=recon_logvar)
 
 
 def learned_traffic(batch: int, elements: int, latents: int) -> tuple[int, int, int]:
@@ -289,7 +289,7 @@ def linear_with(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def linear_fused(
     x: Tensor, mu: Tensor, logvar: Tensor, weight: Tensor, bias: Tensor, recon_logvar: Tensor, eps: Tensor | None
 ) -> Tensor:
-    return fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, recon_logvar=recon_logvar, eps=eps)  # type: ignore[return-value]
+    return fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, recon_logvar=recon_logvar, eps=eps)
 
 
 def linear_traffic(batch: int, elements: int, latents: int) -> tuple[int, int, int]:

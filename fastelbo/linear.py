@@ -33,9 +33,8 @@ def _arguments(names: str) -> str:
 
 
 def _served(
-    tensors: Sequence[Tensor | None], keep: int, full: bool, precision: Precision | None, impl: Impl | None
+    inputs: LinearInputs, keep: int, full: bool, precision: Precision | None, impl: Impl | None
 ) -> tuple[Op, LinearInputs, Linear]:
-    inputs: Any = LinearInputs(*tensors)  # type: ignore[arg-type]
     chosen = backend.choose_linear(impl, inputs)
     assert chosen is not None, "the reference is traced as it is"
     return chosen.linear_nll, inputs, Linear(Likelihood(keep, full=full), precision)
@@ -47,7 +46,7 @@ def _nll_op(
     precision: Precision | None, impl: Impl | None,
 ) -> Tensor:  # fmt: skip
     """-log N(x; h weight^T + bias, exp(variance)), summed over all but the first `keep` dimensions."""
-    op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
+    op, inputs, spec = _served(LinearInputs(h, x, weight, bias, variance), keep, full, precision, impl)
     (nll,), _ = op.forward(inputs, spec, (False,) * 5)
     assert nll is not None
     return nll
@@ -63,7 +62,7 @@ def _nll_backward_op(
     keep: int, full: bool, precision: Precision | None, impl: Impl | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that `needs` names."""
-    op, inputs, spec = _served((h, x, weight, bias, variance), keep, full, precision, impl)
+    op, inputs, spec = _served(LinearInputs(h, x, weight, bias, variance), keep, full, precision, impl)
     return [g for g in op.backward(inputs, spec, (grad_output,), tuple(needs), None) if g is not None]
 
 
