@@ -41,15 +41,19 @@ def is_constant(beta: Factor) -> bool:
     return not isinstance(beta, Tensor) or not (beta.ndim or beta.requires_grad)
 
 
-def of_samples(kl: KL) -> KL:
-    """The record of the same KL for each sample, unscaled."""
-    return kl._replace(keep=1, scale=1.0)
+def is_per_sample(beta: Factor) -> bool:
+    return isinstance(beta, Tensor) and beta.ndim > 0
+
+
+def before_beta(beta: Factor, kl: KL) -> KL:
+    """The record of the KL that beta multiplies: of each sample, unscaled, where beta is one for each."""
+    return kl._replace(keep=1, scale=1.0) if is_per_sample(beta) else kl
 
 
 def weighed(beta: Factor, kl: Tensor, spec: KL) -> tuple[Tensor, Tensor]:
-    """beta * kl and kl as `spec` reduces them, of a kl that is so reduced, or not yet where beta is one for each sample."""
+    """beta * kl and kl as `spec` reduces them, of the kl that `before_beta` describes."""
     product = beta * kl
-    if spec.keep or not (isinstance(beta, Tensor) and beta.ndim):
+    if spec.keep or not is_per_sample(beta):
         return product, kl
     return product.sum() * spec.scale, kl.sum() * spec.scale
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from . import arguments, checks
 from .dtypes import plain
 from .functional import gaussian_nll, reparameterize_kl
-from .specs import KL
 from .types import Clamp, Impl, Int, Number, Reduction, Seed, SgvbOptions
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def sgvb_loss(
         samples = None  # the same noise as one call of `reparameterize`
     else:
         samples = count
-    each = isinstance(factor, Tensor) and factor.ndim > 0
+    each = arguments.is_per_sample(factor) and reduction != "none"
     z, kl = reparameterize_kl(
         mu, logvar, prior_mu, prior_logvar, num_samples=samples, eps=eps, seed=seed, generator=generator, logvar_clamp=logvar_clamp,
         weight=kl_weight, reduction="none" if each else reduction, impl=impl,
@@ -132,8 +131,10 @@ def sgvb_loss(
         nll = nll.mean(0)
     elif reduction == "sum":
         nll = nll / count
-    spec = KL(1 if reduction == "none" else 0, arguments.scale_of(reduction, 1, mu.shape, kl_weight, (mu, logvar)))
-    weighed, kl = arguments.weighed(factor, kl, spec)
+    weighed = factor * kl
+    if each:
+        scale = arguments.scale_of(reduction, 1, mu.shape, kl_weight, (mu, logvar))
+        weighed, kl = weighed.sum() * scale, kl.sum() * scale
     loss = nll + weighed
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
 

@@ -432,8 +432,7 @@ def elbo_loss(
     # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go
     # through the terms.
     if reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(factor):
-        kl_spec = arguments.of_samples(spec.kl) if isinstance(factor, Tensor) and factor.ndim else spec.kl
-        nll, kl = _terms(chosen, spec._replace(kl=kl_spec), inputs)
+        nll, kl = _terms(chosen, spec._replace(kl=arguments.before_beta(factor, spec.kl)), inputs)
         weighed, kl = arguments.weighed(factor, kl, spec.kl)
         loss = nll + weighed
         return (loss, nll.detach(), kl.detach()) if return_terms else loss

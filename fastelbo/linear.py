@@ -296,8 +296,7 @@ def linear_elbo_loss(
     chosen = backend.choose_linear(impl, inputs, samples)
     outputs: Any
     if chosen is not None and (torch.compiler.is_compiling() or not arguments.is_constant(factor)):
-        of_kl = arguments.of_samples(spec.kl) if isinstance(factor, Tensor) and factor.ndim else spec.kl
-        apart = spec._replace(kl=of_kl, beta=1.0, return_terms=True)
+        apart = spec._replace(kl=arguments.before_beta(factor, spec.kl), beta=1.0, return_terms=True)
         of_both = composed.linear_elbo(_traced_latent(impl), _traced_nll(impl))
         nll, kl = of_both.forward(inputs, apart, (False,) * 8)[0][1:]
         assert nll is not None

@@ -129,10 +129,8 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: tor
     likes = [t if need else None for t, need in zip(inputs, needs, strict=False)]
 
     def run(exact: bool, hide: bool) -> tuple[Any, Gradients]:
-        tile, temporaries = (
-            partial(_tile, spec, acc, exact, hide),
-            16 if exact else 2 + (not (needs[0] or needs[2])) + (not needs[1]),
-        )
+        tile = partial(_tile, spec, acc, exact, hide)
+        temporaries = 16 if exact else 2 + (not (needs[0] or needs[2])) + (not needs[1])
         (kl,), gradients = w.walk(tile, (*inputs[:4], weight, rate), likes, (mu.shape[: spec.keep],), acc, temporaries)
         return kl, tuple(gradients)
 

