@@ -43,7 +43,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 
     The log-determinant of a diagonal covariance is the sum of the *log* variances, hence `logvar` and not `exp(logvar)`.
     """
-    return -0.5 * (LOG_2PI + logvar + (x - mean) ** 2 * torch.exp(-logvar))
+    return -0.5 * (LOG_2PI + logvar + ((x - mean) * torch.exp(-0.5 * logvar)) ** 2)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tens
     With v = logvar - prior_logvar: 1/2 [ (mu - prior_mu)^2 / prior_var + (e^v - 1) - v ].
     """
     v = logvar - prior_logvar
-    return 0.5 * ((mu - prior_mu) ** 2 * torch.exp(-prior_logvar) + (torch.expm1(v) - v))
+    return 0.5 * (((mu - prior_mu) * torch.exp(-0.5 * prior_logvar)) ** 2 + (torch.expm1(v) - v))
 
 
 def sgvb(x: Tensor, means: Tensor, logvars: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
             given = torch.where(weight == 0, torch.ones_like(given), given)
         logvar, square = 2 * torch.log(given), ((recon - x) / given) ** 2
     else:
-        logvar, square = given, (recon - x) ** 2 * torch.exp(-given)
+        logvar, square = given, ((recon - x) * torch.exp(-0.5 * given)) ** 2
     terms = 0.5 * (logvar + square) + (0.5 * LOG_2PI if spec.full else 0.0)
     return spec.scale * _reduce(terms, weight, spec.keep)
 

@@ -125,10 +125,10 @@ def _sums_of_variance(
 
 
 def inverse_and_constant(spec: Likelihood, variance: Tensor | None) -> tuple[float, float]:
-    """1 / variance, and what is added to each term; where the variance is a tensor, the kernel takes its part from there."""
+    """1 / std, and what is added to each term; where the variance is a tensor, the kernel takes its part from there."""
     logvar = spec.logvar if variance is None else 0.0
     try:
-        inverse = math.exp(-logvar)
+        inverse = math.exp(-0.5 * logvar)
     except OverflowError:
         inverse = math.inf
     return inverse, (0.5 * LOG_2PI if spec.full else 0.0) + 0.5 * logvar
@@ -158,7 +158,7 @@ class NLLArgs(NamedTuple):
     variance_parts: Any  # of the variance's gradient. TOTAL: (programs,). ROWS: (rows, chunks). COLS: (groups of programs, cols)
     # Numbers, or pointers to one:
     gain: Any  # of every gradient
-    inverse: Any  # 1 / variance where that is fixed
+    inverse: Any  # 1 / std where that is fixed
     constant: Any  # added to each term
     floor: Any  # of a VAR
 
@@ -181,14 +181,18 @@ def divide(a, b):
 
 @triton.jit
 def nll_math(d, v, inverse, floor, VARIANCE: tl.constexpr):
-    """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v."""
+    """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v.
+
+    It is r = d / std that is squared, since a variance or its inverse leaves float32's range long before their roots do.
+    """
     if VARIANCE == FIXED:
-        ratio = d * inverse
-        return 0.5 * d * ratio, ratio, d
+        r = d * inverse
+        return 0.5 * r * r, r * inverse, d
     elif VARIANCE == LOGVAR:
-        ratio = d * exp(-v)
-        square = d * ratio
-        return 0.5 * (square + v), ratio, 0.5 * (1.0 - square)
+        inverse = exp(-0.5 * v)
+        r = d * inverse
+        square = r * r
+        return 0.5 * (square + v), r * inverse, 0.5 * (1.0 - square)
     elif VARIANCE == STD:
         r = divide(d, v)
         square = r * r

@@ -19,7 +19,7 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
 from .launch import fold, scalar, tile_size, views
-from .math import exp, expm1_and_remainder
+from .math import exp, half_expm1_and_remainder
 from .op import op_of
 from .philox import normal_rows
 from .reduction import TOTAL, Plan, Sums, collect, finish, sums_of_terms
@@ -176,18 +176,19 @@ def kl_math(mu, logvar, prior_mu, prior_logvar):
     d_mu = d
     if prior_logvar is not None:
         v = logvar - prior_logvar
-        d_mu = d * exp(-prior_logvar)
-    expm1, remainder = expm1_and_remainder(v)
+        root = exp(-0.5 * prior_logvar)  # in range where the variance or its inverse is not
+        d_mu = d * root * root
+    expm1, remainder = half_expm1_and_remainder(v)
     if prior_logvar is not None:
         # Far from the prior the rounding of v moves e**v by many times its own: `low` is what v lost (Knuth's two-sum).
         back = v - logvar
         low = (logvar - (v - back)) - (prior_logvar + back)
-        more = (expm1 + 1.0) * low
+        more = (expm1 + 0.5) * low
         finite = tl.abs(more) < float("inf")
         remainder = tl.where(finite, remainder + expm1 * low, remainder)
         expm1 = tl.where(finite, expm1 + more, expm1)
-    square = d * d_mu
-    return 0.5 * (square + remainder), d_mu, 0.5 * expm1, -0.5 * (square + expm1)
+    square = 0.5 * d * d_mu
+    return square + remainder, d_mu, expm1, -(square + expm1)
 
 
 @triton.jit

@@ -82,10 +82,10 @@ def log_normal_f32(x):
 
 
 @triton.jit
-def expm1_and_remainder(v):
-    """(e**v - 1, e**v - 1 - v) for a float32 or float64 block, both free of cancellation; the second is never negative.
+def half_expm1_and_remainder(v):
+    """Half of (e**v - 1, e**v - 1 - v) for a float32 or float64 block, free of cancellation; the second is never negative.
 
-    The second is the variance part of KL(N(0, e**v) || N(0, 1)), times two.
+    The halves are what a KL is made of, and they fit where e**v itself has overflowed: up to log(2) further.
     """
     if v.dtype == tl.float64:
         p = polynomial(v, (  # (e**v - 1 - v) / v**2 for |v| <= 1
@@ -94,20 +94,20 @@ def expm1_and_remainder(v):
             0.001388888888888958, 0.00833333333333324, 0.041666666666666664, 0.16666666666666666, 0.5,
         ))  # fmt: skip
         w = p * v * v
-        e = tl.exp(v) - 1.0
+        e = tl.exp(v - 1.0) * 1.3591409142295225 - 0.5  # e / 2
         # Past the overflow of e**v the minimum keeps inf - inf from arising.
-        far = e - tl.minimum(v, 800.0, propagate_nan=tl.PropagateNan.ALL)
+        far = e - 0.5 * tl.minimum(v, 800.0, propagate_nan=tl.PropagateNan.ALL)
         near = tl.abs(v) <= 1.0
-        return tl.where(near, v + w, e), tl.where(near, w, far)
+        return tl.where(near, 0.5 * (v + w), e), tl.where(near, 0.5 * w, far)
     else:
-        tl.static_assert(v.dtype == tl.float32, "expm1_and_remainder: widen to float32 first")
-        v = tl.minimum(v, 89.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.static_assert(v.dtype == tl.float32, "half_expm1_and_remainder: widen to float32 first")
+        v = tl.minimum(v, 89.5, propagate_nan=tl.PropagateNan.ALL)
         x = tl.maximum(v, -40.0, propagate_nan=tl.PropagateNan.ALL)  # e**-40 is nothing beside 1
         near = tl.abs(v) <= 1.0
-        # x = n log(2) + r as in `exp`, with n = 0 near zero. The low bits of t make 2**(n-1): 2**128 does not exist.
-        t = tl.where(near, 12583038.0, tl.fma(x, 1.4426950408889634, 12583038.0))
-        n = t - 12583038.0
-        half = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        # x = n log(2) + r as in `exp`, with n = 0 near zero. The low bits of t make 2**(n-2): n is up to 129, and 2**128 too large.
+        t = tl.where(near, 12583037.0, tl.fma(x, 1.4426950408889634, 12583037.0))
+        n = t - 12583037.0
+        quarter = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
         r = tl.fma(n, -0.693145751953125, x)
         r = tl.fma(n, -1.4286068202862268e-06, r)
         p = polynomial(r, (  # (e**r - 1 - r) / r**2 for |r| <= 1
@@ -116,10 +116,10 @@ def expm1_and_remainder(v):
         ))  # fmt: skip
         w = p * r * r  # in this order it rounds once where r * r is subnormal
         q = r + w
-        grow = half - 0.5
-        expm1 = 2.0 * tl.fma(half, q, grow)
-        remainder = 2.0 * tl.fma(half, q, tl.fma(v, -0.5, grow))
-        return expm1, tl.where(near, w, remainder)
+        grow = quarter - 0.25
+        expm1 = 2.0 * tl.fma(quarter, q, grow)
+        remainder = 2.0 * tl.fma(quarter, q, tl.fma(v, -0.25, grow))
+        return expm1, tl.where(near, 0.5 * w, remainder)
 
 
 @triton.jit

@@ -437,7 +437,7 @@ def test_module() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("logvar", [-89.0, -800.0, -math.inf])
+@pytest.mark.parametrize("logvar", [-130.0, -800.0, -math.inf])
 def test_a_variance_beyond_float32_gives_infinite_gradients(logvar: float, reduction: str) -> None:
     """And raises nothing, as a number that scales a product would."""
     g = torch.Generator().manual_seed(0)

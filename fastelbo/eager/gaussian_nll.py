@@ -2,9 +2,11 @@
 
 With the residual d = recon - x, an element's term and slopes are
 
-    term          1/2 (d^2 / variance + log variance + log 2 pi)
-    in recon      d / variance                in x    -d / variance
-    in logvar     1/2 (1 - d^2 / variance)    in std  1/std (1 - d^2 / variance)    in var  1/2 / variance (1 - d^2 / variance)
+    term          1/2 (r^2 + log variance + log 2 pi), r = d / std
+    in recon      r / std             in x    -r / std
+    in logvar     1/2 (1 - r^2)       in std  1/std (1 - r^2)       in var  1/2 / variance (1 - r^2)
+
+It is r that is squared, since a variance or its inverse leaves float32's range long before their roots do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from torch import Tensor
 from ..dtypes import LOG_2PI, accumulate_dtype, on_host, widen
 from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
 from . import walk as w
+
+# A log-variance whose inverse variance is in float32's range, with room for residuals and factors.
+NEAR = 60.0
 
 
 def forward(
@@ -70,7 +75,9 @@ def nll_pass(
     likes = recon if needs[0] else None, x if needs[1] else None
     wider = sum(t.dtype != acc for t in (recon, x))
     if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
-        level: Any = spec.logvar if variance is None else widen(variance, acc)
+        level: Any = spec.logvar if variance is None else variance.item() if on_host(variance) else variance
+        if isinstance(level, Tensor) or not abs(level) <= NEAR:
+            level = torch.as_tensor(level, dtype=acc, device=recon.device)
         tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
         sums_of, temporaries = (sums, () if needs[2] else None), wider + (not (needs[0] or needs[1]))
         (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, sums_of, acc, temporaries)
@@ -94,22 +101,32 @@ def _of_one_variance(
     spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
     recon: Tensor, x: Tensor, logvar: Any, rate: Any, d_recon: Any, d_x: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """One log-variance for all elements, a number or a 0-d tensor, and no weights: squared residuals, and numbers beside them."""
+    """One log-variance for all elements, and no weights: squared residuals, and numbers beside them.
+
+    A log-variance that may be far from 0 is a 0-d tensor. One near 0 is a number: there one factor does, along with the rate.
+    """
     nll = slope = None
-    inverse = torch.exp(-logvar) if isinstance(logvar, Tensor) else _exp(-logvar)
+    first: Any
+    then: Any
+    if isinstance(logvar, float):
+        first, of_squares, then = 1.0, math.exp(-logvar), math.exp(-logvar)
+    else:
+        first = then = torch.exp(-0.5 * logvar)
+        of_squares = 1.0
     d = torch.sub(widen(recon, acc), widen(x, acc), out=d_x if d_recon is None else d_recon)
+    d = w.times(d, first, out=d)
     if want_terms or want_slope:
         squares, count = w.squares_over(d, spec.keep), math.prod(d.shape[spec.keep :])
         if want_slope:
             rows = rate.reshape(squares.shape) if isinstance(rate, Tensor) and rate.ndim else rate
-            slope = ((count - squares * inverse) * (0.5 * rows)).sum()
-        nll = squares.mul_(0.5 * inverse * spec.scale)
+            slope = ((count - squares * of_squares) * (0.5 * rows)).sum()
+        nll = squares.mul_(0.5 * of_squares * spec.scale)
         if spec.full or isinstance(logvar, Tensor) or logvar:
             nll.add_((logvar + (LOG_2PI if spec.full else 0.0)) * (0.5 * count * spec.scale))
     if d_recon is not None:
-        w.times(d, inverse * rate, out=d)
+        w.times(d, then * rate, out=d)
     if d_x is not None:
-        torch.neg(d, out=d_x) if d_recon is not None else w.times(d, -inverse * rate, out=d)
+        torch.neg(d, out=d_x) if d_recon is not None else w.times(d, -then * rate, out=d)
     return nll, slope
 
 
@@ -122,8 +139,7 @@ def _tile(
     shape, recon, x = given.shape, widen(recon, acc), widen(x, acc)
     given = w.present(weight, widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
     d = torch.sub(w.present(weight, recon), w.present(weight, x), out=d_given)
-    ratio, logvar, inner = _over_variance(d, given, spec, d_recon)
-    square = torch.mul(d, ratio, out=d)
+    square, ratio, logvar, inner = _over_variance(d, given, spec, d_recon)
     if want_terms:
         nll = _sum_of_terms(square, logvar, weight, spec)
     rate = rate if weight is None else widen(weight, acc) * rate
@@ -153,23 +169,18 @@ def _sum_of_terms(square: Tensor, logvar: Tensor, weight: Tensor | None, spec: L
     return total.add_(constant * math.prod(shape[keep:])).mul_(0.5 * spec.scale)
 
 
-def _over_variance(d: Tensor, given: Tensor, spec: Likelihood, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d / variance; the log-variance; and its derivative in the parameter, halved (None: 1/2)."""
+def _over_variance(d: Tensor, given: Tensor, spec: Likelihood, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """r^2 in the memory of d; d / variance; the log-variance; and its derivative in the parameter, halved (None: 1/2)."""
     if spec.parameter == "logvar":
-        variance = torch.exp(given, out=out if given.shape == d.shape else None)
-        return torch.div(d, variance, out=out), given, None
+        inverse = torch.mul(given, -0.5, out=out if given.shape == d.shape else None).exp_()
+        ratio = torch.mul(d.mul_(inverse), inverse, out=out)
+        return torch.mul(d, d, out=d), ratio, given, None
     if spec.parameter == "std":
-        return torch.div(d / given, given, out=out), 2 * torch.log(given), 1 / given
+        ratio = torch.div(d.div_(given), given, out=out)
+        return torch.mul(d, d, out=d), ratio, 2 * torch.log(given), 1 / given
     raised = torch.clamp(given, min=spec.floor)
     if spec.floor == -math.inf or not on_host(given):
         # A negative variance is an error. With a floor it has been refused on a host; NaN shows it where no check looked.
         raised = raised.masked_fill(given < 0, math.nan)
-    return torch.div(d, raised, out=out), torch.log(raised), 0.5 / raised
-
-
-def _exp(value: float) -> float:
-    """exp of a Python float that overflows to inf, as tensors do."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+    ratio = torch.div(d, raised, out=out)
+    return torch.mul(d, ratio, out=d), ratio, torch.log(raised), 0.5 / raised

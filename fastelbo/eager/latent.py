@@ -6,7 +6,8 @@ With v = logvar - prior_logvar, d = mu - prior_mu and p = d / prior variance, an
     in mu            p                          in prior_mu      -p
     in logvar        1/2 (e^v - 1)              in prior_logvar  -1/2 (d p + e^v - 1)
 
-and through z, whose upstream gradient is g: g in mu, 1/2 g sigma eps in logvar.
+and through z, whose upstream gradient is g: g in mu, 1/2 g sigma eps in logvar. The prior's variance or its inverse leaves
+float32's range long before their roots do, so p is d over the prior's std, twice; and 1/2 e^v fits a little longer than e^v.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: tor
     """The scaled sums of the terms, and `rate` times the gradients that are needed, in the dtype of the arithmetic.
 
     Sums are taken in float32 first, and once more without what lies under a weight of 0 where they show a NaN, or in float64 where
-    they show that float32 was not exact enough. With eps = 2^-24, a term e^v - 1 - v is off by eps |v| in float32.
-    The sum of |v| is at most sqrt(2 count total), since the term is about v^2 / 2 where that matters. So a total of count / 18 is
-    off by 3 ulp at most. Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
+    they show that float32 was not exact enough. With eps = 2^-24, e^v - 1 - v is off by eps |v| in float32. The sum of |v| is
+    at most sqrt(2 count total), since it is about v^2 / 2 where that matters. So a total of count / 18 is off by 3 ulp at most.
+    Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
     """
     mu, weight, count = inputs.mu, inputs.weight, math.prod(inputs.mu.shape[spec.keep :])
     masks = weight is None or weight.dtype == torch.bool
@@ -144,8 +145,9 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: tor
         least, most = [float(t) for t in torch.aminmax(kl)] if kl.ndim else [float(kl)] * 2
         if not (least >= count / 18 and most <= 20 * count):
             del gradients
-            kl, gradients = run(True, weight is not None)
-    return kl.mul_(0.5 * spec.scale), gradients
+            exact = True
+            kl, gradients = run(exact, weight is not None)
+    return kl.mul_(spec.scale if exact else 0.5 * spec.scale), gradients
 
 
 def _tile(
@@ -161,27 +163,32 @@ def _tile(
     d, level, prior_mu, prior_logvar = moments
     d = d if prior_mu is None else d - prior_mu
     d_mean = d_prior_mu if d_mu is None else d_mu
-    p = d if prior_logvar is None else torch.div(d, torch.exp(prior_logvar), out=d_mean)
+    p = d
+    if prior_logvar is not None:
+        root = torch.mul(prior_logvar, -0.5).exp_()
+        p = torch.mul(d, root, out=d_mean).mul_(root)
+        del root  # whose memory is needed again
     expm1, rest = expm1_and_rest(level, prior_logvar, exact, d_logvar)
+    half = 1.0 if exact else 0.5  # of the two, where it is not taken yet
     rate = rate if weight is None else weight * rate
     if d_prior_logvar is not None:
-        torch.addcmul(expm1, d, p, out=d_prior_logvar).mul_(-0.5 * rate)
-    terms = rest.addcmul_(d, p)
+        torch.addcmul(expm1, d, p, value=0.5 / half, out=d_prior_logvar).mul_(-half * rate)
+    terms = rest.addcmul_(d, p, value=0.5 / half)
     if d_mean is not None:
         torch.mul(p, -rate if d_mu is None else rate, out=d_mean)
     if d_mu is not None and d_prior_mu is not None:
         torch.neg(d_mu, out=d_prior_mu)
     if d_logvar is not None:
-        _cut(d_logvar.mul_(0.5 * rate), raw, spec.clamp)
+        _cut(d_logvar.mul_(half * rate), raw, spec.clamp)
     return (w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep),)
 
 
 def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """e^v - 1, and e^v - 1 - v in logvar's dtype, for v = logvar - prior_logvar.
+    """e^v - 1, and e^v - 1 - v in logvar's dtype, for v = logvar - prior_logvar; if they are to be `exact`, half of each.
 
-    The second cancels near the prior. If it is to be `exact`, float32 on a CPU goes through float64, which keeps its digits down to
-    |v| = 1e-8, where it is v^2 / 2. Elsewhere float64 is slow or missing, and its own digits go near the prior: there a polynomial
-    stands in for |v| < 1.
+    Exact they fit where e^v overflows and its half does not. The second cancels near the prior. Float32 on a CPU goes through
+    float64 for it, which keeps its digits down to |v| = 1e-8, where it is v^2 / 2. Elsewhere float64 is slow or missing, and its
+    own digits go near the prior: there a polynomial stands in for |v| < 1.
     """
     if not exact:
         v = logvar if prior_logvar is None else logvar - prior_logvar
@@ -190,22 +197,22 @@ def expm1_and_rest(logvar: Tensor, prior_logvar: Tensor | None, exact: bool, out
     if logvar.dtype == torch.float32 and on_host(logvar):
         v = logvar.double()
         v = v if prior_logvar is None else v.sub_(prior_logvar)
-        expm1 = torch.expm1(v)
-        rest = expm1 - v
-        if rest.numel() and float(rest.min()) < 1e-16:
-            rest = torch.where(rest < 1e-16, 0.5 * v * v, rest)
+        expm1 = torch.expm1(v).mul_(0.5)
+        rest = torch.sub(expm1, v, alpha=0.5)
+        if rest.numel() and float(rest.min()) < 5e-17:
+            rest = torch.where(rest < 5e-17, 0.25 * v * v, rest)
         return expm1 if out is None else out.copy_(expm1), rest.float()
     v = logvar if prior_logvar is None else logvar - prior_logvar
     near, series = v.abs() < 1, torch.zeros_like(v)
     for k in range(11 if v.dtype == torch.float32 else 20, 1, -1):
-        series = (series + 1 / math.factorial(k)) * v
+        series = (series + 0.5 / math.factorial(k)) * v
     series = series * v
-    exp = torch.exp(v)
+    exp = torch.exp(v - 1.0) * (0.5 * math.e)  # that of v may overflow where its half fits
     if prior_logvar is not None and not torch.compiler.is_compiling():
         # Far from the prior the rounding of v moves e^v by many times its own: `low` is what v lost (Knuth's two-sum). In a traced
         # function that is too much for Inductor to keep in one loop.
         back = v - logvar
         low = (logvar - (v - back)) - (prior_logvar + back)
         exp = torch.where((exp * low).abs() < torch.inf, exp + exp * low, exp)
-    expm1 = torch.where(near, series + v, exp - 1.0)
-    return expm1 if out is None else out.copy_(expm1), torch.where(near, series, exp - 1.0 - v)
+    expm1 = torch.where(near, series + 0.5 * v, exp - 0.5)
+    return expm1 if out is None else out.copy_(expm1), torch.where(near, series, exp - 0.5 - 0.5 * v)

@@ -1,12 +1,12 @@
 """-log N(x; h weight^T + bias, exp(logvar)) tile by tile: neither the reconstruction nor its gradient is ever in memory.
 
-With the residual d = h weight^T + bias - x, the inverse variance p of a column, and the rate r of a row (its upstream gradient
-times the scale), a row's term and the slopes are
+With s = 1 / std of a column, d = s (h weight^T + bias - x), and the rate r of a row (its upstream gradient times the scale), a
+row's term and the slopes are
 
-    term       1/2 sum over columns of (p d^2 + logvar + log 2 pi)
-    in h       r (p d) weight                in weight  (p d)^T (r h)
-    in x       -r p d, over the samples      in bias    p sum over rows of r d
-    in logvar  1/2 sum of r - r p d^2, over the rows, or over all elements where there is one variance
+    term       1/2 sum over columns of (d^2 + logvar + log 2 pi)
+    in h       r d (s weight)                 in weight  s (d^T (r h))
+    in x       -s r d, over the samples       in bias    s sum over rows of r d
+    in logvar  1/2 sum of r - r d^2, over the rows, or over all elements where there is one variance
 
 On other devices than a CPU this serves what is too wide or too precise for the Triton kernels.
 """
@@ -31,6 +31,9 @@ TILE_ROWS = 1 << 12
 TILE_COLUMNS = 1 << 8
 # Elsewhere a tile's products must fill the device.
 DEVICE_TILE = 1 << 25
+
+# The largest factor of a residual, whose inverse is the smallest: in float32's range squares of 1 stay.
+FACTOR = 1e18
 
 
 def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], Gradients | None]:
@@ -72,21 +75,26 @@ def _walk(
     given = torch.full((), likelihood.logvar, dtype=exact, device=x.device) if variance is None else variance.to(exact)
     rate = torch.as_tensor(rate, dtype=acc, device=x.device)
     rate = rate if x.numel() else torch.zeros_like(rate)  # the mean of no terms is NaN, but has no slopes
-    # p and a common rate multiply not the tiles, but a narrow factor or the sums: these may be infinite then, and never NaN.
+    # The tiles are multiplied by as much of s as float32 surely bears. The rest of 1 / variance, and a common rate, multiply a
+    # narrow factor or the sums: these may be infinite then, and never NaN.
     one, common = given.numel() == 1, torch.ones((), dtype=acc, device=x.device) if rate.ndim else rate
-    p = torch.exp(-given.reshape(()) if one else -given)
-    of_columns = p * common
+    s = torch.exp(-0.5 * (given.reshape(()) if one else given))
+    early = s.clamp(1 / FACTOR, FACTOR)
+    more = s / early
+    late, more, of_columns = s * more, more * more, s * more * common
 
     operands = _operands(inputs, acc)
     # A residual over a small variance leaves float16's range. tf32 has float16's digits and float32's range.
     operands = acc if operands == torch.float16 else operands
-    left, right = h.to(operands), (weight if one else weight * p.to(acc).unsqueeze(1)).to(operands)
+    left, right = h.to(operands), (weight if one else weight * late.to(acc).unsqueeze(1)).to(operands)
     new = partial(torch.zeros, dtype=acc, device=x.device)
     zeros = [new(t.shape) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
     d_h, d_x, d_weight, d_bias, _ = zeros
     each_row = want_terms and likelihood.keep > 0
     squares = torch.zeros(count if each_row else width, dtype=exact, device=x.device)  # summed over the others
     for here, rows, at, d, spare in _residuals(inputs, acc):
+        if variance is not None or likelihood.logvar:
+            d.mul_((early if one else early[at]).to(acc))
         g = torch.mul(d, rate[here].unsqueeze(1), out=spare) if rate.ndim else d
         factor = g.to(operands)
         if d_h is not None:
@@ -98,7 +106,7 @@ def _walk(
         if d_bias is not None:
             d_bias[at] += g.sum(0)
         if each_row:
-            squares[here] += (g.mul_(d) if one else g.mul_(d).mul_(p[at])).sum(1)
+            squares[here] += (g.mul_(d) if one else g.mul_(d).mul_(more[at])).sum(1)
         elif want_terms or needs[4]:
             squares[at] += g.mul_(d).sum(0)
     for gradient, factor in (
@@ -111,7 +119,7 @@ def _walk(
             gradient *= factor.to(acc)
 
     nll = d_variance = None
-    squares = squares * (common if each_row and not one else of_columns)
+    squares = squares * (common if each_row and not one else common * more)
     if want_terms:
         constant = (given + LOG_2PI if likelihood.full else given).expand(width).sum() * likelihood.scale
         nll = (0.5 * (squares + constant if each_row else squares.sum() + count * constant)).to(acc)

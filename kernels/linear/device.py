@@ -75,7 +75,7 @@ class ColumnsOut(NamedTuple):
 class Factors(NamedTuple):
     """Numbers, or pointers to one float32; `columns_kernel` takes the first three."""
 
-    inverse: Any  # 1 / variance where that is fixed
+    inverse: Any  # 1 / std where that is fixed
     scale: Any  # of the terms and of every gradient
     gain: Any  # the upstream gradient where it is one for all rows
     constant: Any = None  # added to the terms for each column
@@ -128,21 +128,18 @@ def noise_of(posterior, rows, width, HP: tl.constexpr, NOISE: tl.constexpr):
 
 
 @triton.jit
-def shift_and_level(layer, inverse, gain, cols, live, KIND: tl.constexpr):
-    """For a block of columns: bias, log-variance (0 if it is fixed: the host adds it) and gain / variance; 0 where not live.
-
-    A mean's 1 / batch belongs here: sums that it multiplies later may overflow.
-    """
+def shift_and_level(layer, inverse, cols, live, KIND: tl.constexpr):
+    """For a block of columns: bias, log-variance (0 if it is fixed: the host adds it) and 1 / std; 0 where not live."""
     shift = tl.zeros(cols.shape, tl.float32)
     if layer.bias is not None:
         shift = tl.load(layer.bias + cols, live, other=0.0).to(tl.float32)
     level = tl.zeros(cols.shape, tl.float32)
-    factor = level + inverse * gain
+    root = level + inverse
     if KIND != FIXED:
         level = tl.load(layer.variance + (cols if KIND == COLUMNS else cols * 0), live, other=0.0).to(tl.float32)
-        factor = exp(-level) * gain
+        root = exp(-0.5 * level)
     # An infinite factor times the residual of 0 beyond the last column would be NaN.
-    return shift, level, tl.where(live, factor, 0.0)
+    return shift, level, tl.where(live, root, 0.0)
 
 
 @triton.jit(do_not_specialize=["batch", "splits", "walk"])
@@ -194,9 +191,10 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
             in_cols = c < cols
             w = operand(rows_of(layer.weight, tl.minimum(c, cols - 1), width, HP), C.OPERAND)
             target = tl.load(layer.x.pointer + of_x[:, None] + c[None, :], in_cols[None, :], other=0.0).to(tl.float32)
-            shift, level, factor = shift_and_level(layer, inverse, scale * rate, c, in_cols, C.KIND)
+            shift, level, root = shift_and_level(layer, inverse, c, in_cols, C.KIND)
             d = tl.dot(mine, tl.trans(w), input_precision=C.PRECISION) + shift[None, :] - target
-            ratio = d * factor[None, :]
+            # A mean's 1 / batch belongs here: sums that it multiplies later may overflow.
+            ratio = d * root[None, :] * (root * (scale * rate))[None, :]
             if C.TERMS != NOTHING:
                 squares += tl.sum(d * ratio, 1)
                 if C.KIND != FIXED:
@@ -251,12 +249,12 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
 
 
 @triton.jit
-def rated_residual(layer, out, weight, shift, factor, gain, target, rows, in_rows, width, sums, C: tl.constexpr):
+def rated_residual(layer, out, weight, shift, root, gain, target, rows, in_rows, width, sums, C: tl.constexpr):
     """One tile, (columns, rows): the residual over its variance times its row's upstream gradient, and the three sums with it."""
     of_weight, of_bias, of_variance = sums
     other = operand(rows_of(layer.h, rows, width, C.HP), C.OPERAND)
     d = tl.dot(weight, tl.trans(other), input_precision=C.PRECISION) + shift[:, None] - target
-    ratio = tl.where(in_rows[None, :], d * factor[:, None], 0.0)
+    ratio = tl.where(in_rows[None, :], d * root[:, None] * (root * gain)[:, None], 0.0)
     share = ratio
     if out.d_variance is not None:
         share = tl.where(in_rows[None, :], gain - d * ratio, 0.0)
@@ -289,7 +287,7 @@ def columns_kernel(count, batch, splits, walk, layer, out, cols, width, factors,
     c = (pid // splits) * BN + tl.arange(0, BN)
     in_cols = c < cols
     weight = operand(rows_of(layer.weight, tl.minimum(c, cols - 1), width, HP), C.OPERAND)
-    shift, _, factor = shift_and_level(layer, read(factors.inverse, tl.float32), gain, c, in_cols, C.KIND)
+    shift, _, root = shift_and_level(layer, read(factors.inverse, tl.float32), c, in_cols, C.KIND)
     # The gradients of weight and bias, and twice that of the variance.
     sums = (tl.zeros((BN, HP), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32))
     # For the gradient of an x that is shared, its rows are walked, and for each block of them the samples; otherwise the rows of h.
@@ -312,10 +310,10 @@ def columns_kernel(count, batch, splits, walk, layer, out, cols, width, factors,
             ratio = tl.zeros((BN, BM), tl.float32)
             for sample in range(count // batch):
                 of_h = sample * batch + r
-                one, sums = rated_residual(layer, out, weight, shift, factor, gain, target, of_h, in_rows, width, sums, C)
+                one, sums = rated_residual(layer, out, weight, shift, root, gain, target, of_h, in_rows, width, sums, C)
                 ratio += one
         else:
-            ratio, sums = rated_residual(layer, out, weight, shift, factor, gain, target, rows, in_rows, width, sums, C)
+            ratio, sums = rated_residual(layer, out, weight, shift, root, gain, target, rows, in_rows, width, sums, C)
         if out.d_x is not None:
             live = in_cols[:, None] & in_rows[None, :]
             tl.store(out.d_x + rows.to(tl.int64)[None, :] * cols + c[:, None], narrow(-ratio, out.d_x), live)
