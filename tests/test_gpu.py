@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -16,10 +18,41 @@ def _inputs(batch: int = 64, d: int = 784, j: int = 20, dtype: torch.dtype = tor
     return [torch.randn(s, device=CUDA, dtype=dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]
 
 
+def _step_of(name: str, device: torch.device = CUDA) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
+    """The inputs of a function, and a step with it: what it returns, and the gradients of the inputs that require them."""
+    recon, x, mu, logvar = (t.detach().to(device).requires_grad_(t.requires_grad) for t in _inputs())
+    weight = torch.randn(784, 20, device=device).requires_grad_()
+    calls: dict[str, tuple[list[torch.Tensor], Callable[[], Sequence[torch.Tensor]]]] = {
+        "reparameterize": ([mu, logvar], lambda: [fastelbo.reparameterize(mu, logvar, seed=3)]),
+        "reparameterize_kl": ([mu, logvar], lambda: fastelbo.reparameterize_kl(mu, logvar, seed=3)),
+        "gaussian_kl": ([mu, logvar], lambda: [fastelbo.gaussian_kl(mu, logvar)]),
+        "gaussian_nll": ([recon, x], lambda: [fastelbo.gaussian_nll(recon, x)]),
+        "elbo_loss": ([recon, x, mu, logvar], lambda: [fastelbo.elbo_loss(recon, x, mu, logvar)]),
+        "elbo_terms": ([recon, x, mu, logvar], lambda: fastelbo.elbo_terms(recon, x, mu, logvar)),
+        "linear_gaussian_nll": ([mu, weight, x], lambda: [fastelbo.linear_gaussian_nll(mu, weight, x)]),
+        "linear_elbo_loss": ([x, mu, logvar, weight], lambda: [fastelbo.linear_elbo_loss(x, mu, logvar, weight, seed=3)]),
+    }
+    inputs, call = calls[name]
+
+    def step() -> list[torch.Tensor]:
+        outputs = call()
+        total = torch.stack([t.sum() for t in outputs]).sum()
+        return [*(t.detach() for t in outputs), *torch.autograd.grad(total, [t for t in inputs if t.requires_grad])]
+
+    return inputs, step
+
+
+FUNCTIONS = (
+    "reparameterize", "reparameterize_kl", "gaussian_kl", "gaussian_nll", "elbo_loss", "elbo_terms", "linear_gaussian_nll",
+    "linear_elbo_loss",
+)  # fmt: skip
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
 def test_auto_picks_triton() -> None:
     from fastelbo import backend
 
-    assert backend.choose(None, CUDA) is backend.kernels()
+    assert backend.choose(None, CUDA) is backend.triton_backend()
 
 
 def test_no_host_synchronisation() -> None:
@@ -60,6 +93,64 @@ def test_cuda_graph_replays_with_new_noise() -> None:
     torch.testing.assert_close(((z - mu) / torch.exp(0.5 * logvar)).std(), torch.ones((), device=CUDA), atol=0.1, rtol=0)
 
 
+@each_function
+def test_cuda_graph_of_a_step_reads_its_inputs_again(name: str) -> None:
+    inputs, step = _step_of(name)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in inputs:
+            t.mul_(0.5)
+    graph.replay()
+    for got, want in zip([t.clone() for t in captured], step(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_cuda_graph_sees_the_beta_of_a_module() -> None:
+    inputs = [t.detach() for t in _inputs()]
+    loss = fastelbo.ELBOLoss(1.0).to(CUDA)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss(*inputs)
+    loss.beta = 0.25
+    graph.replay()
+    torch.testing.assert_close(captured, fastelbo.elbo_loss(*inputs, beta=0.25))
+
+
+@each_function
+def test_side_stream_waits_for_what_runs_there(name: str) -> None:
+    """Launches and the memory between them belong to the current stream: inputs written late on it are seen."""
+    inputs, step = _step_of(name)
+    values = [t.detach().clone() for t in inputs]
+    want = step()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        for t in inputs:
+            t.fill_(float("nan"))
+        torch.cuda._sleep(20_000_000)
+        for t, value in zip(inputs, values, strict=True):
+            t.copy_(value)
+        with torch.enable_grad():
+            got = step()
+    side.synchronize()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_seed_gives_the_noise_of_the_cpu() -> None:
     mu, logvar = torch.zeros(37, 21), torch.zeros(37, 21)
     on_cpu = fastelbo.reparameterize(mu, logvar, 3, seed=2**40 + 7)
@@ -94,13 +185,21 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert float(grad.abs().sum(dtype=torch.float32)) == 5.0
 
 
-def test_device_that_is_not_current() -> None:
+@each_function
+def test_device_that_is_not_current(name: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    inputs = [t.detach().to("cuda:1").requires_grad_() for t in _inputs()]
+    second = torch.device("cuda:1")
+    ours, on_first = _step_of(name)
+    others, on_second = _step_of(name, second)
+    with torch.no_grad():
+        for t, value in zip(others, ours, strict=True):
+            t.copy_(value)
     with torch.cuda.device(0):
-        fastelbo.elbo_loss(*inputs).backward()
-    assert all(bool(torch.isfinite(t.grad).all()) for t in inputs)
+        got = on_second()
+    assert all(t.device == second for t in got)
+    for a, b in zip(got, on_first(), strict=True):
+        torch.testing.assert_close(a.to(CUDA), b)
 
 
 def test_compiled_with_inductor() -> None:
