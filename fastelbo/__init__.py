@@ -1,13 +1,13 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
 from .distributions import DiagonalGaussian
+from .drop_in import gaussian_nll_loss
 from .estimators import effective_beta, sgvb_loss
 from .functional import (
     elbo_loss,
     elbo_terms,
     gaussian_kl,
     gaussian_nll,
-    gaussian_nll_loss,
     reparameterize,
     reparameterize_kl,
 )
