@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
 from .dtypes import accumulate_dtype, plain
 from .noise import check_seed, draw_seed
-from .specs import KL, Factor, LatentInputs
+from .specs import KL, Factor, LatentInputs, Likelihood
 from .tracing import NUMBER
 from .types import Number, Reduction, Seed
 
@@ -77,6 +78,14 @@ def variance(name: str, parameter: str, value: Tensor | Number | None, recon: Te
         number = symbolic(value, recon)
         return (number if parameter == "logvar" else torch.log(number) * factor), "logvar", 0.0
     return None, "logvar", float(value) if parameter == "logvar" else math.log(value) * factor
+
+
+def of_image(spec: Likelihood, x_scale: Any, x_shift: Any, acc: torch.dtype) -> Likelihood:
+    """The record with what an x of uint8 is scaled and shifted by, as numbers of the dtype of the arithmetic."""
+    numbers = [float(plain(n)) for n in (x_scale, 0.0 if x_shift is None else x_shift)]
+    if acc == torch.float32 and not torch.compiler.is_compiling():
+        numbers = [float(np.float32(n)) for n in numbers]
+    return spec._replace(x_scale=numbers[0], x_shift=numbers[1])
 
 
 def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:

@@ -24,22 +24,46 @@ def shape_of(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def tensor(name: str, t: Any, device: torch.device | None = None) -> None:
+def tensor(name: str, t: Any, device: torch.device | None = None, is_image: bool = False) -> None:
+    """A floating tensor, or one that holds an image."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in FLOATING:
+    if t.dtype not in FLOATING and not (is_image and t.dtype == torch.uint8):
         way_out = "" if t.is_complex() else f": {name}.float() converts it"
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}{way_out}")
     if device is not None and t.device != device:
         raise ValueError(f"{name} is on {t.device}, but the first argument is on {device}: all tensors must share a device")
 
 
-def pair(name_a: str, a: Any, name_b: str, b: Any, device: torch.device | None = None) -> None:
-    """Two tensors of one shape."""
+def pair(name_a: str, a: Any, name_b: str, b: Any, device: torch.device | None = None, is_image: bool = False) -> None:
+    """Two tensors of one shape, the second of which may be an image."""
     tensor(name_a, a, device)
-    tensor(name_b, b, a.device)
+    tensor(name_b, b, a.device, is_image)
     if a.shape != b.shape:
         raise ValueError(f"{name_b} has shape {shape_of(b)}, but {name_a} has shape {shape_of(a)}: they must be equal")
+
+
+def image_numbers(x_scale: Any, x_shift: Any) -> None:
+    """What scales and shifts an image: numbers, the second of which may be None."""
+    for name, value in (("x_scale", x_scale), ("x_shift", x_shift)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, NUMBER)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if x_scale is None:
+        raise TypeError(
+            "x_scale is not given, which an x of torch.uint8 needs: 1 / 255 makes it values in [0, 1]; x.float() converts it"
+        )
+
+
+def image(x: Any, x_scale: Any, x_shift: Any) -> bool:
+    """Whether x is an image, and has the numbers that say what its values stand for."""
+    if isinstance(x, Tensor) and x.dtype == torch.uint8:
+        image_numbers(x_scale, x_shift)
+        return True
+    if x_scale is None and x_shift is None:
+        return False
+    name = "x_shift" if x_scale is None else "x_scale"
+    got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+    raise ValueError(f"{name} is given, but only an x of torch.uint8 is scaled and shifted, got {got}")
 
 
 def broadcast(name: str, t: Tensor, to: str, shape: torch.Size) -> None:

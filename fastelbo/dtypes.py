@@ -31,6 +31,13 @@ def widen(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def image(x: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+    """An x of uint8 as x * scale + shift, rounded once, as this sum of torch is and the kernels' own. Every other x widened."""
+    if x.dtype != torch.uint8:
+        return widen(x, dtype)
+    return torch.add(torch.full((), shift, dtype=dtype, device=x.device), x.to(dtype), alpha=scale)
+
+
 def has_float16(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient among these could underflow when it is written before GradScaler's factor is known."""
     return torch.float16 in [t.dtype for t in tensors if t is not None]

@@ -53,6 +53,8 @@ def sgvb_loss(
     logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
     reduction: Reduction = "batchmean",
     return_terms: bool = False,
     eps: Tensor | None = None,
@@ -72,7 +74,8 @@ def sgvb_loss(
         num_samples: L, samples of z per data point.
         recon_logvar: Log-variance of the likelihood where the decoder returns none, as in `elbo_loss`.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
-        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, reduction, return_terms, impl: As in `elbo_loss`.
+        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, x_scale, x_shift, reduction, return_terms, impl: As in
+            `elbo_loss`.
 
     Returns:
         The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`
@@ -81,7 +84,7 @@ def sgvb_loss(
     Raises:
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
-    checks.tensor("x", x)
+    checks.tensor("x", x, is_image=checks.image(x, plain(x_scale), plain(x_shift)))
     count: int = plain(num_samples)
     checks.samples(count)
     if not callable(decoder):
@@ -125,7 +128,7 @@ def sgvb_loss(
         recon_logvar = recon_logvar.view(count, x.shape[0], *recon_logvar.shape[1:])
     nll = gaussian_nll(
         recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2,
-        impl=impl,
+        x_scale=x_scale, x_shift=x_shift, impl=impl,
     )  # fmt: skip
     if reduction == "none":
         nll = nll.mean(0)

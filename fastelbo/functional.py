@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks
-from .dtypes import plain
+from .dtypes import accumulate_dtype, plain
 from .specs import Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import one_node
 from .types import Clamp, ElboOptions, Impl, Int, Number, Reduction, Seed
@@ -184,13 +184,16 @@ def gaussian_nll(
     weight: Tensor | None = None,
     reduction: Reduction = "none",
     batch_dims: int = 1,
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """-log N(x; recon, var) of a diagonal Gaussian, in nats: Kingma & Welling 2014, appendix C.2.
 
     Args:
         recon: Means, of any shape and floating dtype.
-        x: Data, of recon's shape, or of recon's shape without its first dimension, which holds samples: x is not copied then.
+        x: Data, of recon's shape, or of recon's shape without its first dimension, which holds samples: x is not copied then. An
+            image in torch.uint8 is read as it is, see `x_scale`.
         logvar, std, var: The variance, in at most one of three forms: a number, or a tensor (0-d, per channel, per sample, per
             element) that broadcasts to recon. With none of them it is 1. Tensors are not checked for sign.
         full: Include the constant (1/2) log 2 pi per element, so that the value is the likelihood's.
@@ -199,6 +202,8 @@ def gaussian_nll(
         reduction: "none" sums all but the first `batch_dims` dimensions; "batchmean" is the mean of those sums over the batch;
             "sum" sums everything; "mean" divides by the number of elements, or by the sum of the weights.
         batch_dims: How many leading dimensions are the batch. With "none" and `batch_dims=recon.ndim` nothing is summed.
+        x_scale, x_shift: A uint8 x counts as x * x_scale + x_shift (1 / 255 and 0 for values in [0, 1], 1 / 127.5 and -1
+            for [-1, 1]), rounded once, and no float copy of it is in memory. Numbers; not for an x of another dtype.
         impl: None or "auto", "triton", "torch", "reference".
 
     Returns:
@@ -209,7 +214,8 @@ def gaussian_nll(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two forms of variance are given.
     """
     x = arguments.below_samples(x, recon)
-    checks.pair("recon", recon, "x", x)
+    is_image = checks.image(x, plain(x_scale), plain(x_shift))
+    checks.pair("recon", recon, "x", x, is_image=is_image)
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
         raise ValueError(f"give at most one of logvar, std and var, got {' and '.join(given)}")
@@ -219,12 +225,15 @@ def gaussian_nll(
         weight = arguments.weight_of("weight", weight, "recon", recon)
     keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
     scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
-    return likelihood(NLLInputs(recon, x, variance, weight), Likelihood(keep, scale, parameter, number, bool(full)), impl)
+    spec = Likelihood(keep, scale, parameter, number, bool(full))
+    if is_image:
+        spec = arguments.of_image(spec, x_scale, x_shift, accumulate_dtype(recon, variance))
+    return likelihood(NLLInputs(recon, x, variance, weight), spec, impl)
 
 
 def _elbo(
     tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weights: tuple[Any, Any], reduction: Reduction, full: bool,
-    logvar_clamp: Any,
+    logvar_clamp: Any, x_scale: Any, x_shift: Any,
 ) -> tuple[ElboInputs, Elbo]:  # fmt: skip
     """Check what elbo_loss and elbo_terms share, and return it as records."""
     (recon, x, mu, logvar), (weight, kl_weight) = tensors, weights
@@ -232,7 +241,8 @@ def _elbo(
     if arguments.below_samples(x, recon) is not x:
         samples = recon.shape[0]
         recon, x, recon_logvar, weight = arguments.samples_within(recon, x, recon_logvar, weight)
-    checks.pair("recon", recon, "x", x)
+    is_image = checks.image(x, plain(x_scale), plain(x_shift))
+    checks.pair("recon", recon, "x", x, is_image=is_image)
     checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:
         raise ValueError(f"{'mu' if recon.ndim else 'recon'} must have a batch dimension, got a 0-d tensor")
@@ -249,7 +259,10 @@ def _elbo(
     scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
     if reduction != "mean":
         scale = scale / samples
-    return inputs, Elbo(Likelihood(kl.keep, scale, logvar=number, full=bool(full)), kl)
+    spec = Likelihood(kl.keep, scale, logvar=number, full=bool(full))
+    if is_image:
+        spec = arguments.of_image(spec, x_scale, x_shift, accumulate_dtype(*inputs[:7]))
+    return inputs, Elbo(spec, kl)
 
 
 def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs) -> tuple[Tensor, Tensor]:
@@ -275,6 +288,8 @@ def elbo_terms(
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two terms of the negative ELBO, each differentiable by itself: (nll, kl).
@@ -286,7 +301,7 @@ def elbo_terms(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp, x_scale, x_shift)
     return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
 
 
@@ -325,6 +340,8 @@ def elbo_loss(
     kl_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
     return_terms: bool = False,
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO of a Gaussian VAE, -log N(x; recon, exp(recon_logvar)) + beta * KL(N(mu, exp(logvar)) || prior), in nats.
@@ -335,7 +352,7 @@ def elbo_loss(
     Args:
         recon: The decoder's mean, `(batch, ...)`; or one for each of L samples of z, `(L, batch, ...)`, over which the likelihood
             is averaged (equation 10 with L samples).
-        x: Data, `(batch, ...)`.
+        x: Data, `(batch, ...)`; an image may be in torch.uint8, see `x_scale`.
         mu: Means of the posterior, `(batch, ...)`, with any latent shape.
         logvar: Log-variances of the posterior, of mu's shape.
         recon_logvar: Log-variance of the likelihood: None is unit variance; a number; or a tensor, learned or not, that
@@ -352,6 +369,7 @@ def elbo_loss(
             `(batch,)`; "sum" sums everything; "mean" averages each term over its own elements (or weights), which makes the
             effective beta depend on the sizes: see `effective_beta`.
         return_terms: Return (loss, nll, kl), the two terms reduced likewise, without gradient and without beta, for logging.
+        x_scale, x_shift: What a uint8 x counts as, x * x_scale + x_shift, as in `gaussian_nll`.
         impl: None or "auto", "triton", "torch", "reference".
 
     Returns:
@@ -361,7 +379,7 @@ def elbo_loss(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp)
+    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp, x_scale, x_shift)
     factor = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go

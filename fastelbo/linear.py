@@ -98,9 +98,9 @@ def _traced_nll(impl: Impl | None) -> Op:
     """The operator as an op whose outputs autograd differentiates."""
 
     def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], None]:
-        keep, scale, _, _, full, _ = spec.likelihood
+        likelihood = spec.likelihood
         # The scale may be a symbolic number, which a product with a tensor takes, and the operator does not.
-        return (_nll_op(*inputs, keep, full, spec.precision, impl) * scale,), None
+        return (_nll_op(*inputs, likelihood.keep, likelihood.full, spec.precision, impl) * likelihood.scale,), None
 
     return Op(forward, _no_backward)
 

@@ -237,7 +237,7 @@ class ELBOLoss(_HoldsBeta):
         recon_logvar: None (unit variance), a number, or a tensor that broadcasts to recon. An `nn.Parameter` is shared, so that an
             optimizer of this module trains it.
         learned: Make a parameter that starts at recon_logvar; None starts at 0.
-        full, logvar_clamp, reduction, return_terms, impl: As in `fastelbo.elbo_loss`.
+        full, logvar_clamp, x_scale, x_shift, reduction, return_terms, impl: As in `fastelbo.elbo_loss`.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or value.
@@ -253,6 +253,8 @@ class ELBOLoss(_HoldsBeta):
         learned: bool = False,
         full: bool = True,
         logvar_clamp: Clamp | None = None,
+        x_scale: Number | None = None,
+        x_shift: Number | None = None,
         reduction: Reduction = "batchmean",
         return_terms: bool = False,
         impl: Impl | None = None,
@@ -261,6 +263,9 @@ class ELBOLoss(_HoldsBeta):
         _check_loss(reduction, impl, learned=learned, full=full, return_terms=return_terms)
         if logvar_clamp is not None:
             checks.clamp(logvar_clamp)
+        if x_scale is not None or x_shift is not None:
+            checks.image_numbers(plain(x_scale), plain(x_shift))
+        self.x_scale, self.x_shift = x_scale, x_shift
         self._hold_beta(beta)
         self.full, self.logvar_clamp, self.reduction = full, logvar_clamp, reduction
         self.return_terms, self.impl = return_terms, impl
@@ -289,8 +294,8 @@ class ELBOLoss(_HoldsBeta):
         return elbo_loss(
             recon, x, mu, logvar, recon_logvar=self.recon_logvar if recon_logvar is None else recon_logvar, prior_mu=prior_mu,
             prior_logvar=prior_logvar, beta=self.beta if beta is None else beta, full=self.full,
-            logvar_clamp=self.logvar_clamp, weight=weight, kl_weight=kl_weight, reduction=self.reduction,
-            return_terms=self.return_terms, impl=self.impl,
+            logvar_clamp=self.logvar_clamp, weight=weight, kl_weight=kl_weight, x_scale=self.x_scale, x_shift=self.x_shift,
+            reduction=self.reduction, return_terms=self.return_terms, impl=self.impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dtypes import LOG_2PI, accumulate_dtype
+from .dtypes import LOG_2PI, accumulate_dtype, image
 from .noise import sample_noise
 from .specs import (
     KL,
@@ -82,7 +82,7 @@ def _reduce(terms: Tensor, weight: Tensor | None, keep: int) -> Tensor:
 def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
     recon, x, variance, weight = inputs
     acc = accumulate_dtype(recon, x, variance)
-    recon, x = recon.to(acc), x.to(acc)
+    recon, x = recon.to(acc), image(x, spec.x_scale, spec.x_shift, acc)
     if variance is None:
         given = torch.full((), spec.logvar, dtype=acc, device=recon.device)
     else:

@@ -40,6 +40,9 @@ class Likelihood(NamedTuple):
     logvar: float = 0.0  # the log-variance where there is no such tensor
     full: bool = True  # with 1/2 log 2 pi per element
     floor: float = -math.inf  # a "var" below it counts as it; the gradient passes through
+    # An x of uint8 counts as x * x_scale + x_shift, see `dtypes.image`. Both are numbers of the dtype of the arithmetic.
+    x_scale: float = 1.0
+    x_shift: float = 0.0
 
 
 class KL(NamedTuple):
@@ -89,7 +92,7 @@ class LinearElbo(NamedTuple):
 
 class NLLInputs(NamedTuple):
     recon: Tensor  # (batch, ...)
-    x: Tensor  # of recon's shape
+    x: Tensor  # of recon's shape; floating or uint8
     variance: Tensor | None  # broadcasts to recon
     weight: Tensor | None  # bool or floating, broadcasts to recon; where it is 0 the element is absent
 

@@ -39,6 +39,8 @@ class ElboOptions(_LossOptions, total=False):
     logvar_clamp: Clamp | None
     weight: Tensor | None
     kl_weight: Tensor | None
+    x_scale: Number | None
+    x_shift: Number | None
 
 
 class SgvbOptions(ElboOptions, _NoiseOptions, total=False):

@@ -83,10 +83,12 @@ def plan_nll(
     terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else Sums()
     kind = FIXED if inputs.variance is None else PARAMETERS[spec.parameter]
     factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
+    is_image = inputs.x.dtype == torch.uint8
+    image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
     return Plan(
         nll_kernel,
         view.grid(programs),
-        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors)),
+        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image),
         NLLFlags(kind.value, terms.sink.value, of_variance.sink.value, view.block(acc)),
         terms,
         (tensors.d_recon, tensors.d_x, d_variance),
@@ -161,6 +163,7 @@ class NLLArgs(NamedTuple):
     inverse: Any  # 1 / std where that is fixed
     constant: Any  # added to each term
     floor: Any  # of a VAR
+    image: Any  # (scale, shift) of an x of uint8, otherwise None
 
 
 class NLLFlags(NamedTuple):
@@ -177,6 +180,15 @@ def divide(a, b):
         return tl.div_rn(a, b)
     else:
         return a / b
+
+
+@triton.jit
+def scaled(x, scale, shift):
+    """x * scale + shift, rounded once: left to itself, a compiler may join the product with whatever sum follows."""
+    if x.dtype == tl.float64:
+        return x * scale + shift  # tl.fma takes a Python float for float32
+    else:
+        return tl.fma(x, scale, shift)
 
 
 @triton.jit
@@ -220,6 +232,8 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
         tile = tile_at(index, grid, B)
         m = load(t.recon, tile, B)
         y = load(t.x, tile, B)
+        if args.image is not None:
+            y = scaled(y, read(args.image[0], B.ACC), read(args.image[1], B.ACC))
         v = m
         if C.VARIANCE != FIXED:
             v = load(t.variance, tile, B)

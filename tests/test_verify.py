@@ -735,7 +735,7 @@ def test_the_message(monkeypatch: Patch) -> None:
         "gaussian_nll: the gradient of recon is off at (1, 1): -12 where the oracle has -8, an error of 4 where 0.000161 is "
         "allowed; 2 of 6 elements are off in (2, 3) float32; by fastelbo.eager, gaussian_nll.backward(recon (2, 3) float32, "
         "x (2, 3) float32 with strides (1, 2), spec Likelihood(keep 0, scale 1.0, parameter 'logvar', logvar 0.0, full True, "
-        "floor -inf), grad_nll 1.0 float32, needs (True, False, False))"
+        "floor -inf, x_scale 1.0, x_shift 0.0), grad_nll 1.0 float32, needs (True, False, False))"
     )
 
 

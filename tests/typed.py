@@ -26,6 +26,7 @@ assert_type(fastelbo.gaussian_nll_loss(recon, x, torch.ones(4, 6), reduction="su
 assert_type(fastelbo.elbo_terms(recon, x, mu, logvar, kl_weight=torch.ones(4, 3)), tuple[Tensor, Tensor])
 
 fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, reduction="mean").backward()
+fastelbo.elbo_loss(recon, x.byte(), mu, logvar, x_scale=1 / 255, x_shift=0).backward()
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar=nn.Parameter(torch.zeros(()))), Tensor)
 loss, nll, kl = fastelbo.elbo_loss(recon, x, mu, logvar, return_terms=True)
 assert_type(loss, Tensor)

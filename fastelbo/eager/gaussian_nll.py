@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import LOG_2PI, accumulate_dtype, on_host, widen
+from ..dtypes import LOG_2PI, accumulate_dtype, image, on_host, widen
 from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
 from . import walk as w
 
@@ -113,7 +113,7 @@ def _of_one_variance(
     else:
         first = then = torch.exp(-0.5 * logvar)
         of_squares = 1.0
-    d = torch.sub(widen(recon, acc), widen(x, acc), out=d_x if d_recon is None else d_recon)
+    d = torch.sub(widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc), out=d_x if d_recon is None else d_recon)
     d = w.times(d, first, out=d)
     if want_terms or want_slope:
         squares, count = w.squares_over(d, spec.keep), math.prod(d.shape[spec.keep :])
@@ -136,7 +136,7 @@ def _tile(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Any variance that broadcasts, in any parameter, and weights."""
     nll = slopes = None
-    shape, recon, x = given.shape, widen(recon, acc), widen(x, acc)
+    shape, recon, x = given.shape, widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc)
     given = w.present(weight, widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
     d = torch.sub(w.present(weight, recon), w.present(weight, x), out=d_given)
     square, ratio, logvar, inner = _over_variance(d, given, spec, d_recon)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import specs
-from ..dtypes import LOG_2PI
+from ..dtypes import LOG_2PI, image
 from ..noise import sample_noise
 from ..reference import present
 from ..specs import DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
@@ -168,6 +168,9 @@ class Oracle:
             # As the backends hold it: a float32 logvar that was clamped before lies on its edge, not outside.
             edges = torch.tensor(kl.clamp, dtype=self.acc, device="cpu").tolist()
             spec = spec._replace(kl=kl._replace(clamp=tuple(edges)))
+        if getattr(self.dtypes, "x", None) == torch.uint8:
+            of_x = getattr(spec, "likelihood", spec)
+            inputs = inputs._replace(x=image(inputs.x, of_x.x_scale, of_x.x_shift, self.acc))
         with _apart():
             if seeded:
                 inputs = inputs._replace(eps=sample_noise(inputs.mu, inputs.seed, spec.num_samples), seed=None)

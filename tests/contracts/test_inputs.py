@@ -257,15 +257,135 @@ def test_a_prior_that_broadcasts_the_posterior(backend: Backend) -> None:
     assert_same(grads(kl, inputs), grads(want, inputs), rtol=1e-5)
 
 
+# ---- images in uint8 -------------------------------------------------------------------------------------------------------------
+
+UNIT, SIGNED = (1 / 255, None), (1 / 127.5, -1)
+Image = Callable[..., Any]
+
+
+def image_calls(backend: Backend, **options: Any) -> dict[str, tuple[Image, list[Tensor]]]:
+    """Every function of an image, as a call of x, and what the results are differentiated in."""
+    g = torch.Generator().manual_seed(1)
+    recon, mu, logvar = (torch.randn(B, *s, generator=g).to(backend.device).requires_grad_() for s in ((2, 3, 5), (J,), (J,)))
+    given = {"impl": backend.impl, **options}
+    module = fastelbo.ELBOLoss(0.5, **given)
+    elbo = lambda x: fastelbo.elbo_loss(recon, x, mu, logvar, **given)  # noqa: E731
+    calls: dict[str, Image] = {
+        "gaussian_nll": lambda x: fastelbo.gaussian_nll(recon, x, logvar=0.3, **given),
+        "elbo_loss": elbo,
+        "elbo_terms": lambda x: fastelbo.elbo_terms(recon, x, mu, logvar, **given),
+        "sgvb_loss": lambda x: fastelbo.sgvb_loss(lambda z: recon * z.sum(), x, mu, logvar, seed=3, **given),
+        "ELBOLoss": lambda x: module(recon, x, mu, logvar),
+    }
+    return {name: (call, [recon] if name == "gaussian_nll" else [recon, mu, logvar]) for name, call in calls.items()}
+
+
+def drawn_image(device: torch.device) -> Tensor:
+    return torch.randint(0, 256, (B, 2, 3, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).to(device)
+
+
+@pytest.mark.parametrize("function", ["gaussian_nll", "elbo_loss", "elbo_terms", "sgvb_loss", "ELBOLoss"])
+@pytest.mark.parametrize(("scale", "shift"), [UNIT, SIGNED, (np.float32(0.5), np.int64(3)), (1, 0)])
+@each_backend
+def test_an_image_is_what_its_values_stand_for(backend: Backend, scale: Any, shift: Any, function: str) -> None:
+    x = drawn_image(backend.device)
+    call, inputs = image_calls(backend, x_scale=scale, x_shift=shift)[function]
+    plain, same = image_calls(backend)[function]
+    number = float(np.float32(scale))
+    wide = (x.double() * number + float(shift or 0)).float()
+    for got, want in zip(grads(call(x), inputs), grads(plain(wide), same), strict=True):
+        assert torch.equal(got, want)
+    assert_same(grads(call(x.to(memory_format=torch.channels_last)), inputs), grads(plain(wide), same), rtol=1e-6)
+
+
+@each_backend
+def test_an_image_below_samples(backend: Backend) -> None:
+    x = drawn_image(backend.device)
+    recon = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(3)).to(backend.device).requires_grad_()
+    mu, logvar = (torch.zeros(B, J, device=backend.device) for _ in range(2))
+    options: dict[str, Any] = {"impl": backend.impl}
+    for call in (
+        lambda x, **o: fastelbo.gaussian_nll(recon, x, batch_dims=2, **options, **o),
+        lambda x, **o: fastelbo.elbo_loss(recon, x, mu, logvar, **options, **o),
+    ):
+        got = grads(call(x, x_scale=UNIT[0]), [recon])
+        assert_same(got, grads(call(x.float() * UNIT[0]), [recon]), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@each_backend
+def test_an_image_in_other_arithmetic(backend: Backend, dtype: torch.dtype) -> None:
+    x = drawn_image(backend.device)
+    recon = torch.rand(x.shape, device=backend.device).to(dtype).requires_grad_()
+    wide = x.to(torch.float64 if dtype == torch.float64 else torch.float32) * UNIT[0]
+    nll = fastelbo.gaussian_nll(recon, x, x_scale=UNIT[0], impl=backend.impl)
+    assert_same(grads(nll, [recon]), grads(fastelbo.gaussian_nll(recon, wide, impl=backend.impl), [recon]), rtol=1e-14)
+
+
+@each_backend
+def test_verify_knows_images(backend: Backend) -> None:
+    """Of small residuals too, beside which the rounding of an image's values is not small."""
+    x = drawn_image(backend.device)
+    recon = (x.float() / 127.5 - 1 + 1e-6).requires_grad_()
+    mu, logvar = (torch.zeros(B, J, device=backend.device) for _ in range(2))
+    with fastelbo.verify() as report:
+        fastelbo.gaussian_nll(recon, x, x_scale=1 / 127.5, x_shift=-1, impl=backend.impl).sum().backward()
+        fastelbo.elbo_loss(recon, x, mu, logvar, x_scale=1 / 127.5, x_shift=-1, impl=backend.impl).backward()
+    assert (report.calls, report.backwards, report.mismatches) == (2, 2, 0)
+
+
+def test_an_image_is_not_copied() -> None:
+    from benchmarks.measure import Step, peak_memory
+
+    for shift in (None, -1):
+        inputs = {"recon": torch.randn(64, 196_608).requires_grad_(), "x": torch.zeros(64, 196_608, dtype=torch.uint8)}
+        gradient = inputs["recon"].nbytes
+
+        def nll(recon: Tensor, x: Tensor, shift: Any = shift) -> Tensor:
+            return fastelbo.gaussian_nll(recon, x, logvar=0.5, x_scale=1 / 127.5, x_shift=shift, reduction="sum")
+
+        assert peak_memory(Step(inputs), nll, torch.device("cpu")) - gradient < gradient // 4
+
+
+def test_an_image_in_a_trace() -> None:
+    x = drawn_image(torch.device("cpu"))
+    recon = torch.randn(x.shape)
+    call = lambda r, x: fastelbo.gaussian_nll(r, x, x_scale=1 / 127.5, x_shift=-1)  # noqa: E731
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(recon, x), call(recon, x))
+    torch.testing.assert_close(torch.func.vmap(call)(recon[:, None], x[:, None])[:, 0], call(recon, x))
+
+
+def test_errors_of_images() -> None:
+    x, recon, mu = torch.zeros(B, D, dtype=torch.uint8), torch.zeros(B, D), torch.zeros(B, J)
+    calls: list[Callable[..., Any]] = [
+        lambda x, **o: fastelbo.gaussian_nll(recon, x, **o),
+        lambda x, **o: fastelbo.elbo_loss(recon, x, mu, mu, **o),
+        lambda x, **o: fastelbo.elbo_terms(recon, x, mu, mu, **o),
+        lambda x, **o: fastelbo.sgvb_loss(lambda z: recon, x, mu, mu, **o),
+        lambda x, **o: fastelbo.ELBOLoss(**o)(recon, x, mu, mu),
+    ]
+    for call in calls:
+        for given in ({}, {"x_shift": 1}):
+            with pytest.raises(
+                TypeError, match=r"x_scale is not given, which an x of torch\.uint8 needs: .*x\.float\(\) converts it"
+            ):
+                call(x, **given)
+        with pytest.raises(ValueError, match=r"x_scale is given, but only an x of torch\.uint8 .* got torch\.float32"):
+            call(recon, x_scale=1)
+        with pytest.raises(TypeError, match="x_scale must be a number, got str"):
+            call(x, x_scale="1")
+    with pytest.raises(TypeError, match=r"x must be .* got torch\.uint8: x\.float\(\) converts it"):
+        fastelbo.linear_gaussian_nll(mu, torch.zeros(D, J), x)
+
+
 # ---- errors that say the way out -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_errors_say_the_way_out(backend: Backend) -> None:
     t = drawn(backend.device)
-    image = torch.zeros(B, D, dtype=torch.uint8)
-    with pytest.raises(TypeError, match=r"x must be .* got torch\.uint8: x\.float\(\) converts it"):
-        fastelbo.gaussian_nll(t["recon"], image)
+    with pytest.raises(TypeError, match=r"x must be .* got torch\.int64: x\.float\(\) converts it"):
+        fastelbo.gaussian_nll(t["recon"], torch.zeros(B, D, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"weight has shape \(4,\), .* \(4, 6\) of recon: write weight\[\.\.\., None\]"):
         fastelbo.gaussian_nll(t["recon"], t["x"], weight=torch.ones(B))
     with pytest.raises(ValueError, match=r"kl_weight has shape \(4,\), .* \(4, 3\) of mu: write kl_weight\[\.\.\., None\]"):
