@@ -120,19 +120,18 @@ def samples_within(recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def against_priors(t: Tensor, *priors: Any) -> Tensor:
-    """mu or logvar, where the prior's tensors broadcast it; unchanged where the shapes do not fit, which a check says."""
-    shapes = [p.shape for p in priors if isinstance(p, Tensor)]
+def against_priors(posterior: Sequence[Tensor], *priors: Any) -> Sequence[Tensor]:
+    """mu or logvar or both, as the prior's tensors broadcast them; unchanged where the shapes do not fit, which a check says."""
+    own = posterior[0].shape
     # Equal shapes first: in a trace each comparison of sizes is a condition on the batch.
-    if all(len(s) == t.ndim and s == t.shape for s in shapes):
-        return t
-    if all(len(s) <= t.ndim and all(m in (1, n) for m, n in zip(s[::-1], t.shape[::-1], strict=False)) for s in shapes):
-        return t
+    shapes = [p.shape for p in priors if isinstance(p, Tensor) and not (p.ndim == len(own) and p.shape == own)]
+    if all(len(s) <= len(own) and all(m in (1, n) for m, n in zip(s[::-1], own[::-1], strict=False)) for s in shapes):
+        return posterior
     try:
-        shape = torch.broadcast_shapes(t.shape, *shapes)
+        shape = torch.broadcast_shapes(own, *shapes)
     except RuntimeError:
-        return t
-    return _expanded(t, shape)
+        return posterior
+    return [_expanded(t, shape) for t in posterior]
 
 
 def _expanded(t: Tensor, shape: Sequence[int]) -> Tensor:

@@ -46,7 +46,8 @@ def pair(name_a: str, a: Any, name_b: str, b: Any, device: torch.device | None =
 def image_numbers(x_scale: Any, x_shift: Any) -> None:
     """What scales and shifts an image: numbers, the second of which may be None."""
     for name, value in (("x_scale", x_scale), ("x_shift", x_shift)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, NUMBER)):
+        number = plain(value)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, NUMBER)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if x_scale is None:
         raise TypeError(

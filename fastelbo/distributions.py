@@ -347,7 +347,7 @@ class DiagonalGaussian:
             is_last = summed == list(range(summed[0], mu.ndim))
             batch_dims, rest = (summed[0], []) if is_last else (mu.ndim, [d + samples for d in summed])
         nll = gaussian_nll(
-            arguments.against_priors(mu, x) if samples else mu,
+            arguments.against_priors((mu,), x)[0] if samples else mu,
             x,
             logvar=self.logvar,
             full=full,

@@ -33,8 +33,10 @@ def widen(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def image(x: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
     """An x of uint8 as x * scale + shift, rounded once, as this sum of torch is and the kernels' own. Every other x widened."""
+    if x.dtype == dtype:
+        return x
     if x.dtype != torch.uint8:
-        return widen(x, dtype)
+        return x.to(dtype)
     return torch.add(torch.full((), shift, dtype=dtype, device=x.device), x.to(dtype), alpha=scale)
 
 

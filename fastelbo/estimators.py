@@ -84,7 +84,7 @@ def sgvb_loss(
     Raises:
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
-    checks.tensor("x", x, is_image=checks.image(x, plain(x_scale), plain(x_shift)))
+    checks.tensor("x", x, is_image=checks.image(x, x_scale, x_shift))
     count: int = plain(num_samples)
     checks.samples(count)
     if not callable(decoder):

@@ -153,8 +153,7 @@ def gaussian_kl(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     checks.pair("mu", mu, "logvar", logvar)
-    if isinstance(prior_mu, Tensor) or isinstance(prior_logvar, Tensor):
-        mu, logvar = (arguments.against_priors(t, prior_mu, prior_logvar) for t in (mu, logvar))
+    mu, logvar = arguments.against_priors((mu, logvar), prior_mu, prior_logvar)
     inputs = arguments.posterior(mu, logvar, prior_mu, prior_logvar, weight)
     return reparameterised(inputs, Latent(arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
 
@@ -214,7 +213,7 @@ def gaussian_nll(
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two forms of variance are given.
     """
     x = arguments.below_samples(x, recon)
-    is_image = checks.image(x, plain(x_scale), plain(x_shift))
+    is_image = checks.image(x, x_scale, x_shift)
     checks.pair("recon", recon, "x", x, is_image=is_image)
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
@@ -241,7 +240,7 @@ def _elbo(
     if arguments.below_samples(x, recon) is not x:
         samples = recon.shape[0]
         recon, x, recon_logvar, weight = arguments.samples_within(recon, x, recon_logvar, weight)
-    is_image = checks.image(x, plain(x_scale), plain(x_shift))
+    is_image = checks.image(x, x_scale, x_shift)
     checks.pair("recon", recon, "x", x, is_image=is_image)
     checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:

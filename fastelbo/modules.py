@@ -264,7 +264,7 @@ class ELBOLoss(_HoldsBeta):
         if logvar_clamp is not None:
             checks.clamp(logvar_clamp)
         if x_scale is not None or x_shift is not None:
-            checks.image_numbers(plain(x_scale), plain(x_shift))
+            checks.image_numbers(x_scale, x_shift)
         self.x_scale, self.x_shift = x_scale, x_shift
         self._hold_beta(beta)
         self.full, self.logvar_clamp, self.reduction = full, logvar_clamp, reduction

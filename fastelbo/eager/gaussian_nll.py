@@ -106,15 +106,13 @@ def _of_one_variance(
     A log-variance that may be far from 0 is a 0-d tensor. One near 0 is a number: there one factor does, along with the rate.
     """
     nll = slope = None
-    first: Any
+    d = torch.sub(widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc), out=d_x if d_recon is None else d_recon)
     then: Any
     if isinstance(logvar, float):
-        first, of_squares, then = 1.0, math.exp(-logvar), math.exp(-logvar)
+        of_squares = then = math.exp(-logvar)
     else:
-        first = then = torch.exp(-0.5 * logvar)
-        of_squares = 1.0
-    d = torch.sub(widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc), out=d_x if d_recon is None else d_recon)
-    d = w.times(d, first, out=d)
+        of_squares, then = 1.0, torch.exp(-0.5 * logvar)
+        d.mul_(then)
     if want_terms or want_slope:
         squares, count = w.squares_over(d, spec.keep), math.prod(d.shape[spec.keep :])
         if want_slope:
