@@ -1,5 +1,6 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
+from . import schedules
 from .distributions import DiagonalGaussian
 from .drop_in import gaussian_nll_loss
 from .estimators import effective_beta, sgvb_loss
@@ -36,6 +37,7 @@ __all__ = [
     "linear_gaussian_nll",
     "reparameterize",
     "reparameterize_kl",
+    "schedules",
     "sgvb_loss",
     "verify",
 ]

@@ -38,9 +38,10 @@ ALLOWED = {
     "estimators": PUBLIC | {"functional"},
     "distributions": PUBLIC | {"functional"},
     "modules": PUBLIC | {"functional", "drop_in", "linear", "distributions", "estimators"},
+    "schedules": {"dtypes", "types"},
     # On top of all.
     "numerics": PUBLIC | {"reference", "functional", "linear", "distributions", "estimators", "eager", "kernels"},
-    "fastelbo": {"functional", "drop_in", "linear", "estimators", "distributions", "modules", "numerics"},
+    "fastelbo": {"schedules", "functional", "drop_in", "linear", "estimators", "distributions", "modules", "numerics"},
     "demo": {"fastelbo", "backend", "numerics"},
     "cli": {"fastelbo", "backend", "numerics", "demo"},
     "__main__": {"cli"},

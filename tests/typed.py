@@ -45,6 +45,7 @@ assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=True),
 assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
 assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)
+assert_type(fastelbo.schedules.cyclical(3, steps=10, cycles=2, rising=0.25, start=0, end=np.float32(2)), float)
 
 posterior = fastelbo.DiagonalGaussian.from_moments(torch.randn(4, 6))
 assert_type(posterior, fastelbo.DiagonalGaussian)
