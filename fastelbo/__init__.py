@@ -12,6 +12,7 @@ from .functional import (
     reparameterize,
     reparameterize_kl,
 )
+from .likelihoods import bernoulli_nll, laplace_nll
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
 from .numerics.compare import compare
@@ -26,6 +27,7 @@ __all__ = [
     "LinearELBO",
     "NumericsMismatch",
     "Reparameterize",
+    "bernoulli_nll",
     "compare",
     "effective_beta",
     "elbo_loss",
@@ -33,6 +35,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_nll_loss",
+    "laplace_nll",
     "linear_elbo_loss",
     "linear_gaussian_nll",
     "reparameterize",

@@ -88,6 +88,16 @@ def of_image(spec: Likelihood, x_scale: Any, x_shift: Any, acc: torch.dtype) -> 
     return spec._replace(x_scale=numbers[0], x_shift=numbers[1])
 
 
+def spread_of(family: str, recon_logvar: Any, recon_logscale: Any) -> tuple[str, Any]:
+    """The name and the value of what spreads the likelihood; a Bernoulli distribution has nothing of the kind."""
+    checks.family(family)
+    takes = {"gaussian": "recon_logvar", "laplace": "recon_logscale"}.get(family)
+    for name, value in (("recon_logvar", recon_logvar), ("recon_logscale", recon_logscale)):
+        if value is not None and name != takes:
+            raise ValueError(f"{name} is given, but likelihood={family!r} takes {takes or 'none'}")
+    return ("recon_logscale", recon_logscale) if family == "laplace" else ("recon_logvar", recon_logvar)
+
+
 def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     """A prior's parameter in mu's shape. Expanding is autograd's business, so a shared prior gets its summed gradient."""
     value = plain(value)

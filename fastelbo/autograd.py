@@ -103,8 +103,8 @@ class _Fused(Function):
         return None, None, *ctx.op.backward(inputs, ctx.spec, grad_outputs, needs, kept), *rest
 
 
-class GaussianNLL(_Fused):
-    op, inputs, expression = "gaussian_nll", NLLInputs, staticmethod(reference.gaussian_nll)
+class NLL(_Fused):
+    op, inputs, expression = "likelihood", NLLInputs, staticmethod(reference.likelihood)
 
 
 class Latent(_Fused):

@@ -20,7 +20,7 @@ IMPLS = ("auto", "triton", "torch", "reference")
 DEFAULT = os.environ.get("FASTELBO_IMPL", "auto").lower() or "auto"
 
 EAGER = Backend(
-    "fastelbo.eager", eager.gaussian_nll.OP, eager.latent.OP, eager.elbo.OP, eager.elbo.TERMS_OP, eager.linear.linear_nll,
+    "fastelbo.eager", eager.likelihood.OP, eager.latent.OP, eager.elbo.OP, eager.elbo.TERMS_OP, eager.linear.linear_nll,
     composed.linear_elbo(eager.latent.OP, eager.linear.linear_nll),
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def triton_backend() -> Backend:
     global _triton
     if _triton is None:
         k = kernels()
-        _triton = Backend("fastelbo.kernels", k.gaussian_nll, k.latent, k.elbo, k.elbo_terms, k.linear_nll, k.linear_elbo)
+        _triton = Backend("fastelbo.kernels", k.likelihood, k.latent, k.elbo, k.elbo_terms, k.linear_nll, k.linear_elbo)
     return _triton
 
 

@@ -17,6 +17,7 @@ from .dtypes import plain
 from .tracing import INT, NUMBER
 
 FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+FAMILIES = ("gaussian", "laplace", "bernoulli")
 REDUCTIONS = ("none", "batchmean", "sum", "mean")
 
 
@@ -145,6 +146,11 @@ def variance(name: str, parameter: str, value: Any, recon: Tensor) -> None:
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")
     if parameter != "logvar" and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def family(likelihood: Any) -> None:
+    if likelihood not in FAMILIES:
+        raise ValueError(f"likelihood must be one of {', '.join(map(repr, FAMILIES))}, got {likelihood!r}")
 
 
 def samples(num_samples: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments
 from .dtypes import on_host
-from .functional import likelihood
+from .functional import nll_of
 from .specs import Likelihood, NLLInputs
 from .tracing import FLOAT, is_transformed, one_node
 from .types import Reduction
@@ -77,4 +77,4 @@ def gaussian_nll_loss(
     variance = var if isinstance(var, Tensor) else None
     scale = arguments.scale_of(reduction, input.ndim, input.shape)
     spec = Likelihood(input.ndim if reduction == "none" else 0, scale, kind, number, full, eps)
-    return likelihood(NLLInputs(input, target, variance, None), spec, None).to(dtype)
+    return nll_of(NLLInputs(input, target, variance, None), spec, None).to(dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import arguments, checks
 from .dtypes import plain
-from .functional import gaussian_nll, reparameterize_kl
-from .types import Clamp, Impl, Int, Number, Reduction, Seed, SgvbOptions
+from .functional import observed, reparameterize_kl
+from .types import Clamp, Family, Impl, Int, Number, Reduction, Seed, SgvbOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +45,9 @@ def sgvb_loss(
     logvar: Tensor,
     *,
     num_samples: Int = 1,
+    likelihood: Family = "gaussian",
     recon_logvar: Tensor | Number | None = None,
+    recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
     beta: Tensor | Number = 1.0,
@@ -68,14 +70,15 @@ def sgvb_loss(
 
     Args:
         decoder: Maps z of shape `(num_samples * batch, ...)` to recon, or to (recon, recon_logvar), of shape
-            `(num_samples * batch, *x.shape[1:])`; a returned recon_logvar may also be anything that broadcasts to that.
+            `(num_samples * batch, *x.shape[1:])`; a returned recon_logvar may also be anything that broadcasts to that. With
+            `likelihood="laplace"` the second is recon_logscale, and with "bernoulli" recon is the logits.
         x: Data, `(batch, ...)`.
         mu, logvar: The posterior, `(batch, ...)`.
         num_samples: L, samples of z per data point.
-        recon_logvar: Log-variance of the likelihood where the decoder returns none, as in `elbo_loss`.
+        recon_logvar, recon_logscale: The spread of the likelihood where the decoder returns none, as in `elbo_loss`.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
-        prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, x_scale, x_shift, reduction, return_terms, impl: As in
-            `elbo_loss`.
+        likelihood, prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, x_scale, x_shift, reduction, return_terms,
+            impl: As in `elbo_loss`.
 
     Returns:
         The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`
@@ -84,6 +87,7 @@ def sgvb_loss(
     Raises:
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
     """
+    name, spread = arguments.spread_of(likelihood, recon_logvar, recon_logscale)
     checks.tensor("x", x, is_image=checks.image(x, x_scale, x_shift))
     count: int = plain(num_samples)
     checks.samples(count)
@@ -111,11 +115,13 @@ def sgvb_loss(
     )  # fmt: skip
     out = decoder(z if samples is None else z.flatten(0, 1))
     if isinstance(out, tuple):
-        if recon_logvar is not None:
-            raise ValueError("recon_logvar is given, but the decoder returns one too")
+        if likelihood == "bernoulli":
+            raise ValueError(f"decoder(z) must be the logits for likelihood='bernoulli', got a tuple of {len(out)}")
+        if spread is not None:
+            raise ValueError(f"{name} is given, but the decoder returns one too")
         if len(out) != 2:
-            raise ValueError(f"decoder(z) must be recon or (recon, recon_logvar), got a tuple of {len(out)}")
-        recon, recon_logvar = out
+            raise ValueError(f"decoder(z) must be recon or (recon, {name}), got a tuple of {len(out)}")
+        recon, spread = out
     else:
         recon = out
     checks.tensor("decoder(z)", recon, x.device)
@@ -124,12 +130,10 @@ def sgvb_loss(
         raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
     # Samples become a leading dimension, over which x and the weights are read again and not copied.
     lead = (count, *x.shape)
-    if isinstance(recon_logvar, Tensor) and recon_logvar.ndim == recon.ndim and recon_logvar.shape[0] == expected[0]:
-        recon_logvar = recon_logvar.view(count, x.shape[0], *recon_logvar.shape[1:])
-    nll = gaussian_nll(
-        recon.view(lead), x.expand(lead), logvar=recon_logvar, full=full, weight=weight, reduction=reduction, batch_dims=2,
-        x_scale=x_scale, x_shift=x_shift, impl=impl,
-    )  # fmt: skip
+    if isinstance(spread, Tensor) and spread.ndim == recon.ndim and spread.shape[0] == expected[0]:
+        spread = spread.view(count, x.shape[0], *spread.shape[1:])
+    image, both = (x_scale, x_shift), (recon.view(lead), x.expand(lead))
+    nll = observed(likelihood, both, (name, "logvar", spread), full, weight, reduction, 2, image, impl)
     if reduction == "none":
         nll = nll.mean(0)
     elif reduction == "sum":

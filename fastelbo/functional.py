@@ -15,7 +15,7 @@ from . import arguments, autograd, backend, checks
 from .dtypes import accumulate_dtype, plain
 from .specs import Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
 from .tracing import one_node
-from .types import Clamp, ElboOptions, Impl, Int, Number, Reduction, Seed
+from .types import Clamp, ElboOptions, Family, Impl, Int, Number, Reduction, Seed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -161,14 +161,37 @@ def gaussian_kl(
 # ---- after the decoder -----------------------------------------------------------------------------------------------------------
 
 
-def likelihood(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
+def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
     """The negative log-likelihood of checked inputs."""
     chosen = backend.choose(impl, inputs.recon.device, not inputs.recon.numel())
     if torch.compiler.is_compiling():
-        (nll,) = autograd.call(autograd.GaussianNLL, chosen, spec._replace(scale=1.0), inputs)
+        (nll,) = autograd.call(autograd.NLL, chosen, spec._replace(scale=1.0), inputs)
         return nll * spec.scale
-    (nll,) = autograd.call(autograd.GaussianNLL, chosen, spec, inputs)
+    (nll,) = autograd.call(autograd.NLL, chosen, spec, inputs)
     return nll
+
+
+def observed(
+    family: Family, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
+    batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
+) -> Tensor:  # fmt: skip
+    """Check the arguments of a negative log-likelihood, and return it.
+
+    `tensors` are recon, which the user knows by `name`, and x; `spread` is a name, what it holds, and a value.
+    """
+    recon = tensors[0]
+    x = arguments.below_samples(tensors[1], recon)
+    is_image = checks.image(x, *image)
+    checks.pair(name, recon, "x", x, is_image=is_image)
+    variance, parameter, number = arguments.variance(*spread, recon)
+    if weight is not None:
+        weight = arguments.weight_of("weight", weight, name, recon)
+    keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
+    scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
+    spec = Likelihood(keep, scale, parameter, number, bool(full), family=family)
+    if is_image:
+        spec = arguments.of_image(spec, *image, accumulate_dtype(recon, variance))
+    return nll_of(NLLInputs(recon, x, variance, weight), spec, impl)
 
 
 @one_node
@@ -212,35 +235,26 @@ def gaussian_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two forms of variance are given.
     """
-    x = arguments.below_samples(x, recon)
-    is_image = checks.image(x, x_scale, x_shift)
-    checks.pair("recon", recon, "x", x, is_image=is_image)
     given = {k: v for k, v in (("logvar", logvar), ("std", std), ("var", var)) if v is not None}
     if len(given) > 1:
         raise ValueError(f"give at most one of logvar, std and var, got {' and '.join(given)}")
-    name, value = next(iter(given.items()), ("logvar", None))
-    variance, parameter, number = arguments.variance(name, name, value, recon)
-    if weight is not None:
-        weight = arguments.weight_of("weight", weight, "recon", recon)
-    keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
-    scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
-    spec = Likelihood(keep, scale, parameter, number, bool(full))
-    if is_image:
-        spec = arguments.of_image(spec, x_scale, x_shift, accumulate_dtype(recon, variance))
-    return likelihood(NLLInputs(recon, x, variance, weight), spec, impl)
+    form, value = next(iter(given.items()), ("logvar", None))
+    spread, image = (form, form, value), (x_scale, x_shift)
+    return observed("gaussian", (recon, x), spread, full, weight, reduction, batch_dims, image, impl)
 
 
 def _elbo(
-    tensors: tuple[Any, ...], recon_logvar: Any, prior: tuple[Any, Any], weights: tuple[Any, Any], reduction: Reduction, full: bool,
-    logvar_clamp: Any, x_scale: Any, x_shift: Any,
+    tensors: tuple[Any, ...], family: Family, spreads: tuple[Any, Any], prior: tuple[Any, Any], weights: tuple[Any, Any],
+    reduction: Reduction, full: bool, logvar_clamp: Any, image: tuple[Any, Any],
 ) -> tuple[ElboInputs, Elbo]:  # fmt: skip
-    """Check what elbo_loss and elbo_terms share, and return it as records."""
+    """Check what elbo_loss and elbo_terms share, and return it as records. `spreads` are recon_logvar and recon_logscale."""
+    name, spread = arguments.spread_of(family, *spreads)
     (recon, x, mu, logvar), (weight, kl_weight) = tensors, weights
     samples = 1
     if arguments.below_samples(x, recon) is not x:
         samples = recon.shape[0]
-        recon, x, recon_logvar, weight = arguments.samples_within(recon, x, recon_logvar, weight)
-    is_image = checks.image(x, x_scale, x_shift)
+        recon, x, spread, weight = arguments.samples_within(recon, x, spread, weight)
+    is_image = checks.image(x, *image)
     checks.pair("recon", recon, "x", x, is_image=is_image)
     checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:
@@ -249,7 +263,7 @@ def _elbo(
         raise ValueError(
             f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
         )
-    variance, _, number = arguments.variance("recon_logvar", "logvar", recon_logvar, recon)
+    variance, _, number = arguments.variance(name, "logvar", spread, recon)
     if weight is not None:
         weight = arguments.weight_of("weight", weight, "recon", recon)
     latent = arguments.posterior(mu, logvar, *prior, kl_weight, "kl_weight")
@@ -258,9 +272,9 @@ def _elbo(
     scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
     if reduction != "mean":
         scale = scale / samples
-    spec = Likelihood(kl.keep, scale, logvar=number, full=bool(full))
+    spec = Likelihood(kl.keep, scale, logvar=number, full=bool(full), family=family)
     if is_image:
-        spec = arguments.of_image(spec, x_scale, x_shift, accumulate_dtype(*inputs[:7]))
+        spec = arguments.of_image(spec, *image, accumulate_dtype(*inputs[:7]))
     return inputs, Elbo(spec, kl)
 
 
@@ -279,7 +293,9 @@ def elbo_terms(
     mu: Tensor,
     logvar: Tensor,
     *,
+    likelihood: Family = "gaussian",
     recon_logvar: Tensor | Number | None = None,
+    recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
     full: bool = True,
@@ -299,8 +315,9 @@ def elbo_terms(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp, x_scale, x_shift)
+    tensors, spreads, prior = (recon, x, mu, logvar), (recon_logvar, recon_logscale), (prior_mu, prior_logvar)
+    weights, image = (weight, kl_weight), (x_scale, x_shift)
+    inputs, spec = _elbo(tensors, likelihood, spreads, prior, weights, reduction, full, logvar_clamp, image)
     return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
 
 
@@ -329,7 +346,9 @@ def elbo_loss(
     mu: Tensor,
     logvar: Tensor,
     *,
+    likelihood: Family = "gaussian",
     recon_logvar: Tensor | Number | None = None,
+    recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
     beta: Tensor | Number = 1.0,
@@ -343,19 +362,21 @@ def elbo_loss(
     x_shift: Number | None = None,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """The negative ELBO of a Gaussian VAE, -log N(x; recon, exp(recon_logvar)) + beta * KL(N(mu, exp(logvar)) || prior), in nats.
+    """The negative ELBO of a VAE, -log p(x; recon) + beta * KL(N(mu, exp(logvar)) || prior), in nats, with p a Gaussian by default.
 
     Kingma & Welling 2014, equation 10 with one sample (`sgvb_loss` takes more). The gradients are written in the pass that reads
     the inputs, so a training step reads and writes the least that it can.
 
     Args:
-        recon: The decoder's mean, `(batch, ...)`; or one for each of L samples of z, `(L, batch, ...)`, over which the likelihood
-            is averaged (equation 10 with L samples).
+        recon: The decoder's mean (its logits, if `likelihood` is "bernoulli"), `(batch, ...)`; or one for each of L samples of z,
+            `(L, batch, ...)`, over which the likelihood is averaged (equation 10 with L samples).
         x: Data, `(batch, ...)`; an image may be in torch.uint8, see `x_scale`.
         mu: Means of the posterior, `(batch, ...)`, with any latent shape.
         logvar: Log-variances of the posterior, of mu's shape.
-        recon_logvar: Log-variance of the likelihood: None is unit variance; a number; or a tensor, learned or not, that
+        likelihood: "gaussian"; "laplace", whose nll is that of `laplace_nll`; or "bernoulli", whose nll is that of `bernoulli_nll`.
+        recon_logvar: Log-variance of a Gaussian likelihood: None is unit variance; a number; or a tensor, learned or not, that
             broadcasts to recon (0-d, per channel, per dimension, per sample, per element).
+        recon_logscale: Logarithm of the scale of a Laplace likelihood, likewise.
         prior_mu, prior_logvar: The prior: numbers or tensors that broadcast to mu; None is 0. They may be learned.
         beta: Weight of the KL: a number, or a tensor of one value or of one for each sample, `(batch,)`, learned or not. A run-time
             value: changing it neither recompiles nor synchronises.
@@ -377,8 +398,9 @@ def elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    tensors, prior = (recon, x, mu, logvar), (prior_mu, prior_logvar)
-    inputs, spec = _elbo(tensors, recon_logvar, prior, (weight, kl_weight), reduction, full, logvar_clamp, x_scale, x_shift)
+    tensors, spreads, prior = (recon, x, mu, logvar), (recon_logvar, recon_logscale), (prior_mu, prior_logvar)
+    weights, image = (weight, kl_weight), (x_scale, x_shift)
+    inputs, spec = _elbo(tensors, likelihood, spreads, prior, weights, reduction, full, logvar_clamp, image)
     factor = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go

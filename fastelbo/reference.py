@@ -9,6 +9,7 @@ Source: [KW14] Kingma & Welling 2014, "Auto-Encoding Variational Bayes": equatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,15 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     The log-determinant of a diagonal covariance is the sum of the *log* variances, hence `logvar` and not `exp(logvar)`.
     """
     return -0.5 * (LOG_2PI + logvar + ((x - mean) * torch.exp(-0.5 * logvar)) ** 2)
+
+
+def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+    """-log Bernoulli(x; sigmoid(logits)) per element, in nats ([KW14] appendix C.1), for x from 0 to 1.
+
+    As log(1 + e^m) = m + log(1 + e^-m), it is a sum of two terms that are never negative.
+    """
+    zero = torch.zeros_like(logits)
+    return x * torch.logaddexp(-logits, zero) + (1 - x) * torch.logaddexp(logits, zero)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
@@ -88,6 +98,11 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
     else:
         given = variance.to(acc)
     recon, x, given = present(weight, recon, x, given.expand(recon.shape)) if weight is not None else (recon, x, given)
+    if spec.family == "bernoulli":
+        return spec.scale * _reduce(bernoulli_nll(recon, x), weight, spec.keep)
+    if spec.family == "laplace":
+        terms = (recon - x).abs() * torch.exp(-given) + given + (math.log(2.0) if spec.full else 0.0)
+        return spec.scale * _reduce(terms, weight, spec.keep)
     if spec.parameter == "var":
         given = given.clone()
         with torch.no_grad():
@@ -130,7 +145,7 @@ def sample(inputs: LatentInputs, clamp: tuple[float, float] | None, num_samples:
 # ---- the ops: what `specs.Backend` lists, with the same outputs ------------------------------------------------------------------
 
 
-def gaussian_nll(inputs: NLLInputs, spec: Likelihood) -> tuple[Tensor]:
+def likelihood(inputs: NLLInputs, spec: Likelihood) -> tuple[Tensor]:
     return (nll(inputs, spec),)
 
 

@@ -32,7 +32,7 @@ Needs = tuple[bool, ...]
 
 
 class Likelihood(NamedTuple):
-    """scale * sum of -weight * log N(x; recon, variance), in nats, over all but the first `keep` dimensions."""
+    """scale * sum of -weight * log p(x; recon, variance), in nats, over all but the first `keep` dimensions."""
 
     keep: int = 0
     scale: Factor = 1.0
@@ -43,6 +43,8 @@ class Likelihood(NamedTuple):
     # An x of uint8 counts as x * x_scale + x_shift, see `dtypes.image`. Both are numbers of the dtype of the arithmetic.
     x_scale: float = 1.0
     x_shift: float = 0.0
+    # "gaussian"; "laplace", whose `variance` and `logvar` are the logarithm of its scale; or "bernoulli", which has neither.
+    family: str = "gaussian"
 
 
 class KL(NamedTuple):
@@ -172,7 +174,7 @@ class Backend(NamedTuple):
     """Every op, as one backend has it. With each op: its inputs, its record, its outputs."""
 
     name: str
-    gaussian_nll: Op  # NLLInputs, Likelihood -> (nll,)
+    likelihood: Op  # NLLInputs, Likelihood -> (nll,)
     latent: Op  # LatentInputs, Latent -> (z or None, kl or None); its backward takes `out` too
     elbo: Op  # ElboInputs, Elbo -> (loss,) or (loss, nll, kl)
     elbo_terms: Op  # ElboInputs, Elbo -> (nll, kl), each with an upstream gradient of its own

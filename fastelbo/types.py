@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 Reduction = Literal["none", "batchmean", "sum", "mean"]
 Impl = Literal["auto", "triton", "torch", "reference"]
+Family = Literal["gaussian", "laplace", "bernoulli"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 Int = int | np.integer[Any]
@@ -36,6 +37,8 @@ class _NoiseOptions(TypedDict, total=False):
 class ElboOptions(_LossOptions, total=False):
     """The keywords of `elbo_loss`, except the one that decides what it returns."""
 
+    likelihood: Family
+    recon_logscale: Tensor | Number | None
     logvar_clamp: Clamp | None
     weight: Tensor | None
     kl_weight: Tensor | None

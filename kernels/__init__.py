@@ -1,7 +1,7 @@
 """The Triton backend, installed as ``fastelbo.kernels``: an `Op` for each fused operation, as ``fastelbo.specs`` describes it.
 
-`gaussian_nll`, `latent` and `elbo` are such ops here and not the modules of the same names, which hold the kernels. The modules are
-reached by `from fastelbo.kernels.gaussian_nll import ...`.
+`likelihood`, `latent` and `elbo` are such ops here and not the modules of the same names, which hold the kernels. The modules are
+reached by `from fastelbo.kernels.likelihood import ...`.
 """
 
 # A well-known distribution owns the top-level name `kernels`, and two copies of these modules under two names would
@@ -13,9 +13,9 @@ if __name__ != "fastelbo.kernels":
     )
 
 from .elbo import elbo, elbo_terms
-from .gaussian_nll import gaussian_nll
 from .latent import latent
 from .launch import INTERPRETED
+from .likelihood import likelihood
 from .linear import linear_elbo, linear_limits, linear_nll
 
-__all__ = ["INTERPRETED", "elbo", "elbo_terms", "gaussian_nll", "latent", "linear_elbo", "linear_limits", "linear_nll"]
+__all__ = ["INTERPRETED", "elbo", "elbo_terms", "latent", "likelihood", "linear_elbo", "linear_limits", "linear_nll"]

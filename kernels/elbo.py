@@ -18,9 +18,9 @@ from torch import Tensor
 from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Elbo, ElboInputs, Gradients, Latent, Needs
 
-from .gaussian_nll import nll_gradients, nll_tiles, plan_nll
 from .latent import LatentWanted, latent_tiles, plan_latent
 from .launch import launch
+from .likelihood import nll_gradients, nll_tiles, plan_nll
 from .op import op_of
 from .reduction import finish, nothing
 from .tile import Grid

@@ -1,6 +1,6 @@
 """The latent side: z = mu + sigma * eps and the KL, and their gradients, in one pass over mu and logvar.
 
-As in `gaussian_nll.py`, one tile function serves forward, backward and the fused pass. Noise comes from a tensor or, in registers,
+As in `likelihood.py`, one tile function serves forward, backward and the fused pass. Noise comes from a tensor or, in registers,
 from a seed. Backward draws it again and never uses z - mu, which cancels.
 """
 

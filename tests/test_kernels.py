@@ -18,8 +18,8 @@ pytestmark = pytest.mark.triton
 
 import fastelbo.kernels.launch as launch  # noqa: E402
 from fastelbo import kernels  # noqa: E402
-from fastelbo.kernels.gaussian_nll import NLLArgs, nll_kernel  # noqa: E402
 from fastelbo.kernels.latent import LatentArgs  # noqa: E402
+from fastelbo.kernels.likelihood import NLLArgs, nll_kernel  # noqa: E402
 from fastelbo.kernels.tile import row_offset  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels"

@@ -71,7 +71,7 @@ def wrap(patch: Patch, backend: Backend, op: str, step: str, change: Callable[..
 
 def leave_to_backward(patch: Patch, backend: Backend) -> None:
     """No forward pass has gradients ready except that of elbo_loss, which backends may choose for each call."""
-    for op in ("gaussian_nll", "latent", "elbo_terms"):
+    for op in ("likelihood", "latent", "elbo_terms"):
         wrap(patch, backend, op, "forward", lambda out, *_: (out[0], None))
 
 
@@ -420,19 +420,19 @@ LATENT = ("mu", "logvar", "prior_mu", "prior_logvar")
 NLL = ("recon", "x", "logvar")
 # The backend's function that is wrong; a call that runs it; the op's name in messages, and those of the gradients or values.
 GRADIENTS: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
-    (("gaussian_nll", "backward"), nll, "gaussian_nll", NLL),
+    (("likelihood", "backward"), nll, "gaussian_nll", NLL),
     (("latent", "backward"), latent, "reparameterize_kl", LATENT),
     (("elbo_terms", "backward"), per_row, "elbo_loss", NAMES),
     (("elbo", "forward"), whole, "elbo_loss", NAMES),
     (("elbo", "backward"), whole, "elbo_loss", NAMES),
     # Where a backend chooses to write them early:
-    (("gaussian_nll", "forward"), nll, "gaussian_nll", NLL),
+    (("likelihood", "forward"), nll, "gaussian_nll", NLL),
     (("latent", "forward"), total_kl, "gaussian_kl", LATENT),
     (("latent", "forward"), kl, "gaussian_kl", LATENT),
     (("elbo_terms", "forward"), per_row, "elbo_loss", NAMES),
 ]
 VALUES: list[tuple[tuple[str, str], Callable[..., torch.Tensor], str, tuple[str, ...]]] = [
-    (("gaussian_nll", "forward"), nll, "gaussian_nll", ("nll",)),
+    (("likelihood", "forward"), nll, "gaussian_nll", ("nll",)),
     (("latent", "forward"), latent, "reparameterize_kl", ("z", "kl")),
     (("elbo_terms", "forward"), per_row, "elbo_loss", ("nll", "kl")),
     (("elbo", "forward"), with_terms, "elbo_loss", ("loss", "nll", "kl")),
@@ -501,7 +501,7 @@ def test_a_broken_value(
     assert (report.checked, report.backwards, report.mismatches) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("step", [("gaussian_nll", "backward"), ("elbo_terms", "backward"), ("elbo", "forward")])
+@pytest.mark.parametrize("step", [("likelihood", "backward"), ("elbo_terms", "backward"), ("elbo", "forward")])
 @pytest.mark.parametrize("pattern", ["0d", "channel", "sample", "pixel"])
 @each_backend
 def test_a_broken_gradient_of_a_shared_variance(backend: Backend, pattern: str, step: tuple[str, str], monkeypatch: Patch) -> None:
@@ -547,7 +547,7 @@ def test_a_gradient_that_never_comes_and_one_of_the_wrong_kind(backend: Backend,
     for change, message in changes:
         with monkeypatch.context() as patch:
             leave_to_backward(patch, backend)
-            wrap(patch, backend, "gaussian_nll", "backward", change)
+            wrap(patch, backend, "likelihood", "backward", change)
             with pytest.raises(NumericsMismatch, match=message), verify():
                 nll(inputs(backend), backend.impl).backward()
 
@@ -634,7 +634,7 @@ def test_backward_in_inference_mode(backend: Backend, monkeypatch: Patch) -> Non
     for wrong in (False, True):
         v = inputs(backend)
         if wrong:
-            wrap(monkeypatch, backend, "gaussian_nll", "backward", lambda out, *_: tuple(2 * g for g in out))
+            wrap(monkeypatch, backend, "likelihood", "backward", lambda out, *_: tuple(2 * g for g in out))
         with verify() as report:
             loss = nll(v, backend.impl)
             with torch.inference_mode(), pytest.raises(NumericsMismatch) if wrong else contextlib.nullcontext():
@@ -717,7 +717,7 @@ def test_a_linear_gradient_that_is_wrong_by_half(backend: Backend, op: str, kind
 def test_rtol(backend: Backend, monkeypatch: Patch) -> None:
     with pytest.raises(NumericsMismatch, match=r"where \d\.\d+e-\d\d is allowed"), verify(rtol=1e-10):
         nll(inputs(backend), backend.impl).backward()
-    spoil(monkeypatch, backend, ("gaussian_nll", "backward"), 0, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, backend, ("likelihood", "backward"), 0, lambda t: t.mul_(1.001))
     with verify(rtol=2e-3) as report:
         nll(inputs(backend), backend.impl).backward()
     assert report.backwards == 1
@@ -728,20 +728,20 @@ def test_rtol(backend: Backend, monkeypatch: Patch) -> None:
 def test_the_message(monkeypatch: Patch) -> None:
     recon = torch.zeros(2, 3, requires_grad=True)
     x = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]).t()
-    spoil(monkeypatch, EAGER, ("gaussian_nll", "backward"), 0, lambda t: t[1].mul_(torch.tensor([1.0, 1.5, 1.001])))
+    spoil(monkeypatch, EAGER, ("likelihood", "backward"), 0, lambda t: t[1].mul_(torch.tensor([1.0, 1.5, 1.001])))
     with pytest.raises(NumericsMismatch) as caught, verify():
         fastelbo.gaussian_nll(recon, x, reduction="sum", impl="torch").backward()
     assert str(caught.value) == (
         "gaussian_nll: the gradient of recon is off at (1, 1): -12 where the oracle has -8, an error of 4 where 0.000161 is "
-        "allowed; 2 of 6 elements are off in (2, 3) float32; by fastelbo.eager, gaussian_nll.backward(recon (2, 3) float32, "
+        "allowed; 2 of 6 elements are off in (2, 3) float32; by fastelbo.eager, likelihood.backward(recon (2, 3) float32, "
         "x (2, 3) float32 with strides (1, 2), spec Likelihood(keep 0, scale 1.0, parameter 'logvar', logvar 0.0, full True, "
-        "floor -inf, x_scale 1.0, x_shift 0.0), grad_nll 1.0 float32, needs (True, False, False))"
+        "floor -inf, x_scale 1.0, x_shift 0.0, family 'gaussian'), grad_nll 1.0 float32, needs (True, False, False))"
     )
 
 
 def test_names_of_callers(monkeypatch: Patch) -> None:
     """The outermost of the package's own functions, so that the user finds it in the user's code."""
-    for op in ("gaussian_nll", "latent", "elbo", "elbo_terms"):
+    for op in ("likelihood", "latent", "elbo", "elbo_terms"):
         wrap(monkeypatch, EAGER, op, "forward", lambda out, *_: (tuple(o if o is None else -o for o in out[0]), out[1]))
     v = make(("recon", "x", "mu", "logvar", "var"), "contiguous")
     recon, x, mu, logvar, var = v.values()
@@ -787,7 +787,7 @@ def test_off_it_costs_nothing(backend: Backend, monkeypatch: Patch) -> None:
     with pytest.raises(KeyError), verify():
         raise KeyError
     assert_off()
-    wrap(monkeypatch, backend, "gaussian_nll", "forward", lambda out, *_: ((out[0][0] + 1,), out[1]))
+    wrap(monkeypatch, backend, "likelihood", "forward", lambda out, *_: ((out[0][0] + 1,), out[1]))
     with pytest.raises(NumericsMismatch), verify():
         nll(inputs(backend), backend.impl)
     assert_off()
@@ -842,7 +842,7 @@ def test_calls_without_a_backend_do_not_count() -> None:
 
 @each_backend
 def test_a_backward_after_the_context(backend: Backend, monkeypatch: Patch) -> None:
-    spoil(monkeypatch, backend, ("gaussian_nll", "backward"), 1, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, backend, ("likelihood", "backward"), 1, lambda t: t.mul_(1.001))
     with verify() as report:
         loss = nll(inputs(backend), backend.impl)
     assert (report.calls, report.backwards) == (1, 0)
@@ -926,7 +926,7 @@ def test_threads(monkeypatch: Patch) -> None:
         list(pool.map(work, range(4)))
     assert (report.calls, report.checked, report.backwards, report.mismatches) == (32, 16, 16, 0)
 
-    spoil(monkeypatch, EAGER, ("gaussian_nll", "backward"), 0, lambda t: t.mul_(1.001))
+    spoil(monkeypatch, EAGER, ("likelihood", "backward"), 0, lambda t: t.mul_(1.001))
     with verify() as report, ThreadPoolExecutor(1) as pool:
         loss = nll(inputs(EAGER), "torch")
         with pytest.raises(NumericsMismatch, match="the gradient of recon"):
@@ -954,7 +954,7 @@ def test_as_a_decorator(backend: Backend, monkeypatch: Patch) -> None:
     assert (report.calls, report.checked, report.backwards, report.mismatches) == (4, 2, 2, 0)
     torch.testing.assert_close(step(1.0, shift=3.0), nll(v, backend.impl) + 3.0)
 
-    wrap(monkeypatch, backend, "gaussian_nll", "forward", lambda out, *_: ((out[0][0] * 1.001,), out[1]))
+    wrap(monkeypatch, backend, "likelihood", "forward", lambda out, *_: ((out[0][0] * 1.001,), out[1]))
 
     @verify(every=1)
     def wrong() -> Any:

@@ -44,6 +44,9 @@ fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, beta=torch.ones(4), preci
 assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=True), tuple[Tensor, Tensor, Tensor])
 assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
 assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
+assert_type(fastelbo.laplace_nll(recon, x, logscale=nn.Parameter(torch.zeros(()))), Tensor)
+assert_type(fastelbo.bernoulli_nll(recon, x, reduction="batchmean"), Tensor)
+fastelbo.elbo_loss(recon, x, mu, logvar, likelihood="laplace", recon_logscale=0.5).backward()
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)
 assert_type(fastelbo.schedules.cyclical(3, steps=10, cycles=2, rising=0.25, start=0, end=np.float32(2)), float)
 

@@ -5,6 +5,6 @@ gradients that they return and work in them, and what else they need is as small
 other devices, the same lines run on whole tensors.
 """
 
-from . import elbo, gaussian_nll, latent, linear
+from . import elbo, latent, likelihood, linear
 
-__all__ = ["elbo", "gaussian_nll", "latent", "linear"]
+__all__ = ["elbo", "latent", "likelihood", "linear"]

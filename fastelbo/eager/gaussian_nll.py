@@ -12,92 +12,34 @@ It is r that is squared, since a variance or its inverse leaves float32's range 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dtypes import LOG_2PI, accumulate_dtype, image, on_host, widen
-from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
+from ..dtypes import LOG_2PI, image, on_host, widen
+from ..specs import Likelihood, NLLInputs
 from . import walk as w
 
 # A log-variance whose inverse variance is in float32's range, with room for residuals and factors.
 NEAR = 60.0
 
 
-def forward(
-    inputs: NLLInputs, spec: Likelihood, needs: Needs, acc: torch.dtype | None = None
-) -> tuple[tuple[Tensor], Gradients | None]:
-    """The gradients are made along with the terms, for an upstream gradient of 1, where backward can scale them as they are."""
-    acc = acc or accumulate_dtype(*inputs[:3])
-    ready = _backward_only_scales(inputs, needs, spec.keep, acc)
-    nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 3, spec.scale, acc)
-    return (widen(nll, acc),), gradients if ready else None
+def is_of_one_variance(inputs: NLLInputs, spec: Likelihood) -> bool:
+    """Whether one log-variance serves all elements."""
+    return spec.family == "gaussian" and spec.parameter == "logvar" and (inputs.variance is None or not inputs.variance.ndim)
 
 
-def backward(
-    inputs: NLLInputs, spec: Likelihood, grad_outputs: Gradients, needs: Needs, kept: Gradients | None,
-    acc: torch.dtype | None = None,
-) -> Gradients:  # fmt: skip
-    (grad_output,) = grad_outputs
-    assert grad_output is not None
-    acc = acc or accumulate_dtype(*inputs[:3])
-    if kept is None and _backward_only_scales(inputs, needs, spec.keep, acc):
-        kept = nll_pass(inputs, spec, needs, spec.scale, acc, want_terms=False)[1]
-    if kept is not None:
-        return w.scaled(kept, grad_output)
-    rate = w.against(w.times(widen(grad_output, acc), spec.scale), inputs.recon.ndim, spec.keep)
-    return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
+def level(inputs: NLLInputs, spec: Likelihood, acc: torch.dtype) -> float | Tensor:
+    """That log-variance: a number where it is known to be near 0, and a 0-d tensor elsewhere."""
+    given = inputs.variance
+    value = spec.logvar if given is None else given.item() if on_host(given) else given
+    if isinstance(value, Tensor) or not abs(value) <= NEAR:
+        return torch.as_tensor(value, dtype=acc, device=inputs.recon.device)
+    return value
 
 
-OP = Op(forward, backward)
-
-
-def _backward_only_scales(inputs: NLLInputs, needs: Needs, keep: int, acc: torch.dtype) -> bool:
-    """Whether gradients for an upstream gradient of 1 need no more than its factor, one for all or for each row.
-
-    Gradients in half precision would be rounded twice, and those of inputs that broadcast hold a sum over rows.
-    """
-    shape = inputs.recon.shape
-    if True not in needs or keep == len(shape) or not on_host(inputs.recon):
-        return False
-    asked = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
-    return not any(t.dtype != acc or (keep and t.shape != shape) for t in asked)
-
-
-def nll_pass(
-    inputs: NLLInputs, spec: Likelihood, needs: Needs, rate: Factor, acc: torch.dtype, want_terms: bool = True
-) -> tuple[Any, Gradients]:
-    """The scaled sums of the terms, and `rate` times the gradients that are needed."""
-    recon, x, variance, weight = inputs
-    shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
-    likes = recon if needs[0] else None, x if needs[1] else None
-    wider = sum(t.dtype != acc for t in (recon, x))
-    if weight is None and spec.parameter == "logvar" and (variance is None or not variance.ndim):
-        level: Any = spec.logvar if variance is None else variance.item() if on_host(variance) else variance
-        if isinstance(level, Tensor) or not abs(level) <= NEAR:
-            level = torch.as_tensor(level, dtype=acc, device=recon.device)
-        tile = partial(_of_one_variance, spec, acc, want_terms, needs[2])
-        sums_of, temporaries = (sums, () if needs[2] else None), wider + (not (needs[0] or needs[1]))
-        (nll, d_variance), gradients = w.walk(tile, (recon, x, level, rate), likes, sums_of, acc, temporaries)
-    else:
-        given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
-        given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)
-        whole = needs[2] and given.shape == shape
-        each, shared = (recon, x, given, w.against(weight, ndim), rate), given.shape if needs[2] and not whole else None
-        tile = partial(_tile, spec, acc, want_terms, needs[2])
-        # For sums, the residual and its ratio, what is widened, and what weights and other parameters need.
-        temporaries = 1 + wider + (not needs[0]) + (not whole) + (given.dtype != acc)
-        temporaries += 3 * (weight is not None) + 2 * (spec.parameter != "logvar")
-        found, gradients = w.walk(tile, each, (*likes, given if whole else None), (sums, shared), acc, temporaries)
-        nll, d_variance = found[0], gradients[2] if whole else found[1]
-    if needs[2] and variance is not None:
-        d_variance = d_variance.reshape(variance.shape)
-    return nll, w.rounded((*gradients[:2], d_variance), inputs)
-
-
-def _of_one_variance(
+def tile_of_one_variance(
     spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
     recon: Tensor, x: Tensor, logvar: Any, rate: Any, d_recon: Any, d_x: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
@@ -128,7 +70,7 @@ def _of_one_variance(
     return nll, slope
 
 
-def _tile(
+def tile(
     spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
     recon: Tensor, x: Tensor, given: Tensor, weight: Any, rate: Any, d_recon: Any, d_x: Any, d_given: Any,
 ) -> tuple[Any, Any]:  # fmt: skip

@@ -30,7 +30,7 @@ from ..specs import DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
 
 OUTPUTS = {
-    "gaussian_nll": ("nll",),
+    "likelihood": ("nll",),
     "latent": ("z", "kl"),
     "elbo": ("loss", "nll", "kl"),
     "elbo_terms": ("nll", "kl"),
@@ -48,6 +48,14 @@ def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
     recon, x, variance = present(weight, recon, x, variance)
     if weight is not None and spec.parameter != "logvar":
         variance = torch.where(weight == 0, 1.0, variance)
+    if spec.family == "bernoulli":
+        zero = torch.zeros_like(recon)
+        terms = [x * torch.logaddexp(-recon, zero), (1 - x) * torch.logaddexp(recon, zero)]
+        return terms if weight is None else [t * weight for t in terms]
+    if spec.family == "laplace":
+        terms = [variance, (recon - x).abs() * torch.exp(-variance)]
+        terms += [torch.full_like(recon, math.log(2.0))] if spec.full else []
+        return terms if weight is None else [t * weight for t in terms]
     if spec.parameter == "logvar":
         log, square = variance, (x - recon) ** 2 * torch.exp(-variance)
     elif spec.parameter == "std":
@@ -123,7 +131,7 @@ def _terms(spec: Likelihood | KL, each: list[Tensor], sizes: list[Tensor] | None
 
 def terms_of(op: str, v: Any, sizes: Any, spec: Any, z: Tensor | None) -> list[Terms | None]:
     """Of each output, for inputs and their magnitudes; None where the op returns none."""
-    if op == "gaussian_nll":
+    if op == "likelihood":
         return [_terms(spec, nll_terms(v, spec))]
     if op == "linear_nll":
         return [_terms(spec.likelihood, *(layer_terms(inputs, spec.likelihood) for inputs in (v, sizes)))]

@@ -154,8 +154,8 @@ class Op:
         nll = specs.Likelihood(keep, scale, self.variance if self.variance in ("std", "var") else "logvar", FIXED)
         record: Any
         op, record, spec = {
-            "gaussian_nll": ("gaussian_nll", specs.NLLInputs, nll),
-            "gaussian_nll_loss": ("gaussian_nll", specs.NLLInputs, nll._replace(full=False, floor=FLOOR)),
+            "gaussian_nll": ("likelihood", specs.NLLInputs, nll),
+            "gaussian_nll_loss": ("likelihood", specs.NLLInputs, nll._replace(full=False, floor=FLOOR)),
             "elbo_terms": ("elbo_terms", specs.ElboInputs, specs.Elbo(nll, kl)),
             "elbo_loss": ("elbo", specs.ElboInputs, specs.Elbo(nll, kl)),
             "linear_gaussian_nll": ("linear_nll", specs.LinearInputs, specs.Linear(nll)),

@@ -14,9 +14,9 @@ from torch import Tensor
 from fastelbo.specs import KL, Gradients, LatentInputs, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs
 
 from .. import launch as launch_module
-from ..gaussian_nll import inverse_and_constant
 from ..latent import ALIGNED, GIVEN, NO_NOISE, UNALIGNED
 from ..launch import launch, scalar
+from ..likelihood import inverse_and_constant
 from ..op import op_of
 from ..reduction import EACH, FAMILIES, TOTAL, Sums, finish, partial
 from ..tile import Operand

@@ -1,4 +1,4 @@
-"""-log N(x; recon, variance): terms, sums and gradients in one pass over recon, x and the variance.
+"""-log p(x; recon, variance): terms, sums and gradients in one pass over recon, x and the variance.
 
 One tile function serves the forward, the backward and the fused pass of `elbo.py`: a launch computes the outputs that it is given
 somewhere to write.
@@ -24,8 +24,9 @@ from .op import op_of
 from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
-# What the variance is: a number, or a tensor of these.
-FIXED, LOGVAR, STD, VAR = (tl.constexpr(i) for i in range(4))
+# What p is: a Gaussian whose variance is a number, or a tensor of one of three kinds; a Laplace distribution whose scale is a
+# number, or a tensor of its logarithm; a Bernoulli distribution of logits.
+FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI = (tl.constexpr(i) for i in range(7))
 PARAMETERS = {"logvar": LOGVAR, "std": STD, "var": VAR}
 
 # Groups of rows whose sums over columns are partial, in the gradient of a per-dimension variance: few, since each writes a row of
@@ -45,7 +46,7 @@ def _run(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | N
     return (plan.terms.result(),), nll_gradients(plan, inputs.variance)
 
 
-gaussian_nll = op_of(_run)
+likelihood = op_of(_run)
 
 
 def plan_nll(
@@ -81,7 +82,7 @@ def plan_nll(
         operands = operands._replace(d_variance=None)  # its place was needed for its strides
     programs = of_variance.outer * view.chunks if of_variance.sink is COLS else view.programs
     terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else Sums()
-    kind = FIXED if inputs.variance is None else PARAMETERS[spec.parameter]
+    kind = kind_of(spec, inputs.variance is not None)
     factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
     image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
@@ -126,13 +127,25 @@ def _sums_of_variance(
     return partial(ROWS, gradient, math.prod(sizes[:i]), sizes[i], math.prod(sizes[i + 1 :]) * view.chunks, acc, step=steps[i])
 
 
+def kind_of(spec: Likelihood, has_variance: bool) -> tl.constexpr:
+    if spec.family == "bernoulli":
+        return BERNOULLI
+    if spec.family == "laplace":
+        return LAPLACE if has_variance else LAPLACE_FIXED
+    return PARAMETERS[spec.parameter] if has_variance else FIXED
+
+
 def inverse_and_constant(spec: Likelihood, variance: Tensor | None) -> tuple[float, float]:
-    """1 / std, and what is added to each term; where the variance is a tensor, the kernel takes its part from there."""
+    """1 / std, or the root of 1 / scale, and what is added to each term; what a tensor holds, the kernel takes from there."""
+    if spec.family == "bernoulli":
+        return 1.0, 0.0
     logvar = spec.logvar if variance is None else 0.0
     try:
         inverse = math.exp(-0.5 * logvar)
     except OverflowError:
         inverse = math.inf
+    if spec.family == "laplace":
+        return inverse, (math.log(2.0) if spec.full else 0.0) + logvar
     return inverse, (0.5 * LOG_2PI if spec.full else 0.0) + 0.5 * logvar
 
 
@@ -160,14 +173,14 @@ class NLLArgs(NamedTuple):
     variance_parts: Any  # of the variance's gradient. TOTAL: (programs,). ROWS: (rows, chunks). COLS: (groups of programs, cols)
     # Numbers, or pointers to one:
     gain: Any  # of every gradient
-    inverse: Any  # 1 / std where that is fixed
+    inverse: Any  # 1 / std, or the root of 1 / scale, where that is fixed
     constant: Any  # added to each term
     floor: Any  # of a VAR
     image: Any  # (scale, shift) of an x of uint8, otherwise None
 
 
 class NLLFlags(NamedTuple):
-    VARIANCE: int  # FIXED, LOGVAR, STD, VAR
+    KIND: int  # FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI
     TERMS: int  # where the terms go: NOTHING, TOTAL, ROWS, EACH
     D_VARIANCE: int  # and the variance's gradient: one of these, or COLS
     BLOCK: Block
@@ -192,20 +205,59 @@ def scaled(x, scale, shift):
 
 
 @triton.jit
-def nll_math(d, v, inverse, floor, VARIANCE: tl.constexpr):
+def nll_math(m, y, v, inverse, floor, KIND: tl.constexpr):
+    """The term of recon m and x y without its constants, and its derivatives in m, in y, and in the variance's parameter v."""
+    if KIND == BERNOULLI:
+        # With log(1 + e^m) as max(m, 0) + log1p(e^-|m|), nothing cancels beside a target near 0 or 1.
+        e = exp(-tl.abs(m))
+        sigmoid = divide(tl.where(m < 0.0, e, 1.0), 1.0 + e)
+        return tl.abs(m) * tl.where(m < 0.0, y, 1.0 - y) + log1p(e), sigmoid - y, -m, m
+    elif (KIND == LAPLACE) | (KIND == LAPLACE_FIXED):
+        term, in_m, in_v = laplace_math(m - y, v, inverse, KIND)
+        return term, in_m, -in_m, in_v
+    else:
+        term, in_m, in_v = gaussian_math(m - y, v, inverse, floor, KIND)
+        return term, in_m, -in_m, in_v
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e from 0 to 1, where the logarithm of a rounded 1 + e would lose a small e (Kahan's correction)."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, log(u) * divide(e, u - 1.0))
+
+
+@triton.jit
+def laplace_math(d, s, root, KIND: tl.constexpr):
+    """For d = recon - x and the logarithm s of the scale b: the term, its derivative in recon, and the one in s.
+
+    The root of 1 / b stays in float32's range where 1 / b does not.
+    """
+    if KIND == LAPLACE:
+        root = exp(-0.5 * s)
+    r = tl.abs(d) * root * root
+    slope = tl.where(d > 0.0, root, tl.where(d < 0.0, -root, d)) * root  # NaN stays NaN
+    if KIND == LAPLACE:
+        return r + s, slope, 1.0 - r
+    else:
+        return r, slope, d
+
+
+@triton.jit
+def gaussian_math(d, v, inverse, floor, KIND: tl.constexpr):
     """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v.
 
     It is r = d / std that is squared, since a variance or its inverse leaves float32's range long before their roots do.
     """
-    if VARIANCE == FIXED:
+    if KIND == FIXED:
         r = d * inverse
         return 0.5 * r * r, r * inverse, d
-    elif VARIANCE == LOGVAR:
+    elif KIND == LOGVAR:
         inverse = exp(-0.5 * v)
         r = d * inverse
         square = r * r
         return 0.5 * (square + v), r * inverse, 0.5 * (1.0 - square)
-    elif VARIANCE == STD:
+    elif KIND == STD:
         r = divide(d, v)
         square = r * r
         return 0.5 * square + log(v), divide(r, v), divide(1.0 - square, v)
@@ -235,23 +287,24 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
         if args.image is not None:
             y = scaled(y, read(args.image[0], B.ACC), read(args.image[1], B.ACC))
         v = m
-        if C.VARIANCE != FIXED:
+        if t.variance is not None:
             v = load(t.variance, tile, B)
-        term, d_recon, d_variance = nll_math(m - y, v, inverse, floor, C.VARIANCE)
+        term, d_recon, d_x, d_variance = nll_math(m, y, v, inverse, floor, C.KIND)
         term += constant
         g = gain
         if t.grad_output is not None:
             g = gain * load(t.grad_output, tile, B)
         d_recon = d_recon * g
+        d_x = d_x * g
         d_variance = d_variance * g
         present = tile.mask
         if t.weight is not None:
             w = load(t.weight, tile, B)
             present = tile.mask & (w != 0.0)
-            term, d_recon, d_variance = term * w, d_recon * w, d_variance * w
-            d_recon = tl.where(present, d_recon, 0.0)
+            term, d_recon, d_x, d_variance = term * w, d_recon * w, d_x * w, d_variance * w
+            d_recon, d_x = tl.where(present, d_recon, 0.0), tl.where(present, d_x, 0.0)
         store(t.d_recon, d_recon, tile, B)
-        store(t.d_x, -d_recon, tile, B)
+        store(t.d_x, d_x, tile, B)
         d_variance = tl.where(present, d_variance, 0.0)
         sum_variance = collect(d_variance, sum_variance, t.d_variance, args.variance_parts, tile, C.D_VARIANCE, B)
         sum_terms = collect(tl.where(present, term, 0.0), sum_terms, t.terms, args.parts, tile, C.TERMS, B)

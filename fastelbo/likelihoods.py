@@ -1,0 +1,79 @@
+"""Likelihoods other than the Gaussian, by themselves; `elbo_loss` takes them by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .functional import observed
+from .tracing import one_node
+from .types import Impl, Number, Reduction
+
+
+@one_node
+def laplace_nll(
+    recon: Tensor,
+    x: Tensor,
+    *,
+    logscale: Tensor | Number | None = None,
+    full: bool = True,
+    weight: Tensor | None = None,
+    reduction: Reduction = "none",
+    batch_dims: int = 1,
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """-log Laplace(x; recon, exp(logscale)), in nats: |recon - x| / b + log b + log 2 for each element, with b = exp(logscale).
+
+    What an L1 loss is the likelihood of. With one learned logscale s it is |recon - x| / exp(s) + s, the reconstruction term of
+    latent-diffusion autoencoders (Rombach et al. 2022, without its constant).
+
+    Args:
+        recon: Medians, of any shape and floating dtype.
+        x: Data, as in `gaussian_nll`.
+        logscale: Logarithm of the scale: a number, or a tensor (0-d, per channel, per sample, per element) that broadcasts to
+            recon. None is 0.
+        full: Include the constant log 2 per element, so that the value is the likelihood's.
+        weight, reduction, batch_dims, x_scale, x_shift, impl: As in `gaussian_nll`.
+
+    Returns:
+        The negative log-likelihood, differentiable in recon, x and a tensor logscale (whose gradient has its own shape). Where
+        recon is x, the gradient in both is 0.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+    """
+    spread, image = ("logscale", "logvar", logscale), (x_scale, x_shift)
+    return observed("laplace", (recon, x), spread, full, weight, reduction, batch_dims, image, impl)
+
+
+@one_node
+def bernoulli_nll(
+    logits: Tensor,
+    x: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "none",
+    batch_dims: int = 1,
+    x_scale: Number | None = None,
+    x_shift: Number | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """-log Bernoulli(x; sigmoid(logits)), in nats: Kingma & Welling 2014, appendix C.1.
+
+    The cross entropy of `torch.nn.functional.binary_cross_entropy_with_logits`, without cancellation: log(1 + e^m) - m x as a sum
+    of terms that are never negative for x from 0 to 1.
+
+    Args:
+        logits: Of any shape and floating dtype.
+        x: Data from 0 to 1, which is not checked, as in `gaussian_nll`; a mask of bytes is an image with `x_scale=1`.
+        weight, reduction, batch_dims, x_scale, x_shift, impl: As in `gaussian_nll`.
+
+    Returns:
+        The negative log-likelihood, differentiable in logits and x.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
+    """
+    none, image = ("logvar", "logvar", None), (x_scale, x_shift)
+    return observed("bernoulli", (logits, x), none, False, weight, reduction, batch_dims, image, impl, name="logits")
