@@ -104,6 +104,16 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "elbo_loss, float64", False, lambda: backward(elbo(f64, recon_logvar=randn(64, 768, dtype=f64)))
     yield "elbo_loss, per sample", True, lambda: backward(elbo(f32, recon_logvar=randn(64, 768), reduction="none"))
     yield (
+        "elbo_loss, Laplace, learned scale",
+        True,
+        lambda: backward(elbo(f32, likelihood="laplace", recon_logscale=randn(64, 768))),
+    )
+    yield "elbo_loss, Laplace, fixed scale", True, lambda: backward(elbo(f32, likelihood="laplace", recon_logscale=-1.0))
+    yield "elbo_loss, Bernoulli", True, lambda: backward(elbo(f32, likelihood="bernoulli"))
+    yield "elbo_loss, Bernoulli, float64", False, lambda: backward(elbo(f64, likelihood="bernoulli"))
+    image = torch.zeros(64, 768, dtype=torch.uint8)
+    yield "gaussian_nll, image", False, lambda: backward(fastelbo.gaussian_nll(randn(64, 768), image, x_scale=1 / 255))
+    yield (
         "gaussian_nll, std",
         True,
         lambda: backward(fastelbo.gaussian_nll(randn(64, 768), torch.zeros(64, 768), std=randn(64, 768), reduction="sum")),

@@ -19,7 +19,7 @@ from fastelbo.dtypes import LOG_2PI, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
-from .math import exp, log
+from .math import exp, log, log1p_exp_and_sigmoid
 from .op import op_of
 from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
@@ -187,15 +187,6 @@ class NLLFlags(NamedTuple):
 
 
 @triton.jit
-def divide(a, b):
-    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    else:
-        return a / b
-
-
-@triton.jit
 def scaled(x, scale, shift):
     """x * scale + shift, rounded once: left to itself, a compiler may join the product with whatever sum follows."""
     if x.dtype == tl.float64:
@@ -205,26 +196,27 @@ def scaled(x, scale, shift):
 
 
 @triton.jit
+def divide(a, b):
+    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def nll_math(m, y, v, inverse, floor, KIND: tl.constexpr):
     """The term of recon m and x y without its constants, and its derivatives in m, in y, and in the variance's parameter v."""
     if KIND == BERNOULLI:
         # With log(1 + e^m) as max(m, 0) + log1p(e^-|m|), nothing cancels beside a target near 0 or 1.
-        e = exp(-tl.abs(m))
-        sigmoid = divide(tl.where(m < 0.0, e, 1.0), 1.0 + e)
-        return tl.abs(m) * tl.where(m < 0.0, y, 1.0 - y) + log1p(e), sigmoid - y, -m, m
+        small, sigmoid = log1p_exp_and_sigmoid(m)
+        return tl.abs(m) * tl.where(m < 0.0, y, 1.0 - y) + small, sigmoid - y, -m, m
     elif (KIND == LAPLACE) | (KIND == LAPLACE_FIXED):
         term, in_m, in_v = laplace_math(m - y, v, inverse, KIND)
         return term, in_m, -in_m, in_v
     else:
         term, in_m, in_v = gaussian_math(m - y, v, inverse, floor, KIND)
         return term, in_m, -in_m, in_v
-
-
-@triton.jit
-def log1p(e):
-    """log(1 + e) for e from 0 to 1, where the logarithm of a rounded 1 + e would lose a small e (Kahan's correction)."""
-    u = 1.0 + e
-    return tl.where(u == 1.0, e, log(u) * divide(e, u - 1.0))
 
 
 @triton.jit
@@ -236,7 +228,8 @@ def laplace_math(d, s, root, KIND: tl.constexpr):
     if KIND == LAPLACE:
         root = exp(-0.5 * s)
     r = tl.abs(d) * root * root
-    slope = tl.where(d > 0.0, root, tl.where(d < 0.0, -root, d)) * root  # NaN stays NaN
+    inverse = root * root
+    slope = tl.where(d > 0.0, inverse, tl.where(d < 0.0, -inverse, d))  # NaN stays NaN
     if KIND == LAPLACE:
         return r + s, slope, 1.0 - r
     else:

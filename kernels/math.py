@@ -82,6 +82,24 @@ def log_normal_f32(x):
 
 
 @triton.jit
+def log1p_exp_and_sigmoid(m):
+    """(log(1 + e**-|m|), 1 / (1 + e**-m)) for a float32 or float64 block."""
+    e = exp(-tl.abs(m))
+    u = 1.0 + e
+    if m.dtype == tl.float64:
+        log_u = tl.log(u)
+        inverse = 1.0 / u
+    else:
+        log_u = log_normal_f32(u)
+        # A line within 1/17 of 1 / u for u from 1 to 2, and Newton's steps, which square that: a division calls a slow path.
+        inverse = tl.fma(u, -0.47058823529411764, 1.411764705882353)
+        for _ in tl.static_range(3):
+            inverse = tl.fma(inverse, tl.fma(-u, inverse, 1.0), inverse)
+    # The second term is what u lost by rounding: all of a small e.
+    return log_u + (e - (u - 1.0)) * inverse, tl.where(m < 0.0, e * inverse, inverse)
+
+
+@triton.jit
 def half_expm1_and_remainder(v):
     """Half of (e**v - 1, e**v - 1 - v) for a float32 or float64 block, free of cancellation; the second is never negative.
 
