@@ -41,7 +41,7 @@ ALLOWED = {
     "modules": PUBLIC | {"functional", "drop_in", "linear", "distributions", "estimators"},
     "schedules": {"dtypes", "types"},
     # On top of all.
-    "numerics": PUBLIC | {"reference", "functional", "linear", "distributions", "estimators", "eager", "kernels"},
+    "numerics": PUBLIC | {"reference", "functional", "drop_in", "linear", "distributions", "estimators", "eager", "kernels"},
     "fastelbo": {
         "schedules",
         "functional",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from .. import functional, linear, specs
+from .. import drop_in, functional, linear, specs
 from ..dtypes import LOG_2PI
 from ..reference import reparameterize
 from .oracle import Oracle
@@ -120,7 +120,8 @@ class Op:
         options: dict[str, Any] = {} if self.function == "gaussian_nll_loss" else {"impl": impl}  # that has torch's arguments only
         if self.name.endswith("/fixed"):
             options["recon_logvar" if "mu" in self.args else "logvar"] = FIXED
-        out = getattr(linear if self.is_linear else functional, self.function)(**v, **options)
+        home = linear if self.is_linear else drop_in if self.function == "gaussian_nll_loss" else functional
+        out = getattr(home, self.function)(**v, **options)
         return list(out) if isinstance(out, tuple) else [out]
 
     def written(self, formulas: Formulas, v: Values) -> list[Tensor]:

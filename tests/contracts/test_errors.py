@@ -297,7 +297,7 @@ def test_nothing_is_launched_before_the_checks(backend: Backend, monkeypatch: py
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the backend was called")
 
-    for name in ("gaussian_nll", "latent", "elbo", "elbo_terms"):
+    for name in ("likelihood", "latent", "elbo", "elbo_terms"):
         backend.replace(monkeypatch, name, forward=never)
     mu, x = M.to(backend.device), X.to(backend.device)
     for call in (

@@ -129,6 +129,13 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
         ),
     ),
     ("gaussian_nll", "", lambda v, m, **o: fastelbo.gaussian_nll(v["recon"], v["x"], **o)),
+    ("laplace_nll", "number", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=0.3, **o)),
+    ("laplace_nll", "logscale", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=v["spread"], **o)),
+    ("bernoulli_nll", "", lambda v, m, **o: fastelbo.bernoulli_nll(v["recon"], v["x"], reduction="batchmean", **o)),
+    (
+        "elbo_loss", "bernoulli",
+        lambda v, m, **o: fastelbo.elbo_loss(v["recon"], v["x"], v["mu"], v["logvar"], likelihood="bernoulli", **o),
+    ),
     *(
         ("gaussian_nll", form, lambda v, m, form=form, **o: fastelbo.gaussian_nll(v["recon"], v["x"], **{form: v[form]}, **o))
         for form in ("std", "var")
@@ -240,8 +247,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def test_every_public_name_is_tried() -> None:
-    # The others compute no loss: a number, and what checks numerics on inputs of its own.
-    assert {name for name, *_ in CASES} == set(fastelbo.__all__) - {"effective_beta", "compare", "verify", "NumericsMismatch"}
+    # The others compute no loss: numbers, and what checks numerics on inputs of its own.
+    assert {name for name, *_ in CASES} == set(fastelbo.__all__) - {
+        "effective_beta",
+        "schedules",
+        "compare",
+        "verify",
+        "NumericsMismatch",
+    }
 
 
 @contextlib.contextmanager
