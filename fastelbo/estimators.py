@@ -11,11 +11,15 @@ from torch import Tensor
 from . import arguments, checks
 from .dtypes import plain
 from .functional import observed, reparameterize_kl
+from .tracing import one_node
 from .types import Clamp, Family, Impl, Int, Number, Reduction, Seed, SgvbOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+
+# A single node for Dynamo, as the public functions are.
+_observed = one_node(observed)
 
 Decoder = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
@@ -133,7 +137,7 @@ def sgvb_loss(
     if isinstance(spread, Tensor) and spread.ndim == recon.ndim and spread.shape[0] == expected[0]:
         spread = spread.view(count, x.shape[0], *spread.shape[1:])
     image, both = (x_scale, x_shift), (recon.view(lead), x.expand(lead))
-    nll = observed(likelihood, both, (name, "logvar", spread), full, weight, reduction, 2, image, impl)
+    nll = _observed(likelihood, both, (name, "logvar", spread), full, weight, reduction, 2, image, impl)
     if reduction == "none":
         nll = nll.mean(0)
     elif reduction == "sum":

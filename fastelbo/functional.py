@@ -171,7 +171,6 @@ def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
     return nll
 
 
-@one_node
 def observed(
     family: Family, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
     batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
