@@ -299,7 +299,8 @@ class ELBOLoss(_HoldsBeta):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"
+        image = "" if self.x_scale is None else f", x_scale={self.x_scale:g}, x_shift={self.x_shift or 0:g}"
+        return f"{self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}{image}"
 
 
 class LinearELBO(_HoldsBeta, nn.Linear):

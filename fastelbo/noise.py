@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .dtypes import on_host, plain
-from .tracing import INT, are_wrapped
+from .tracing import INT, are_wrapped, is_watched
 from .types import Seed
 
 __all__ = ["check_seed", "draw_seed", "philox_normal", "sample_noise"]
@@ -78,7 +77,7 @@ def philox_normal(
     n = math.prod(shape)
     first, lead = offset >> 2, offset & 3
     counters = (lead + n + 3) >> 2
-    if not _is_watched(key) and on_host(key):
+    if not is_watched(key) and on_host(key):
         drawn = _host_normals(first, counters, int(key))
         return torch.from_numpy(drawn[lead : lead + n].reshape(shape)).to(dtype)
     normals = _normals(torch.arange(first, first + counters, dtype=torch.int64, device=key.device), _round_keys(key))
@@ -155,16 +154,6 @@ Words = NDArray[np.uint64]  # 32 bits each
 # As arrays, which NumPy need not convert at every operation.
 _U_LOW, _U_32, _U_A, _U_B = (np.array(value, dtype=np.uint64) for value in (_LOW, 32, _MUL_A, _MUL_B))
 _STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[_KEY_A], [_KEY_B]], dtype=np.uint64)
-
-
-def _is_watched(key: Tensor) -> bool:
-    """Whether something (torch.compile, jit.trace, a mode, vmap) wants to see what is computed from the key."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.is_functorch_wrapped_tensor(key)
-    )
 
 
 def _host_philox(even: Words, odd: Words, key: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

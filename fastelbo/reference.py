@@ -101,7 +101,8 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
     if spec.family == "bernoulli":
         return spec.scale * _reduce(bernoulli_nll(recon, x), weight, spec.keep)
     if spec.family == "laplace":
-        terms = (recon - x).abs() * torch.exp(-given) + given + (math.log(2.0) if spec.full else 0.0)
+        root = torch.exp(-0.5 * given)
+        terms = (recon - x).abs() * root * root + given + (math.log(2.0) if spec.full else 0.0)
         return spec.scale * _reduce(terms, weight, spec.keep)
     if spec.parameter == "var":
         given = given.clone()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,6 +33,16 @@ def is_transformed() -> bool:
 def are_batched(gradients: Iterable[torch.Tensor]) -> bool:
     """Whether these come from `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own."""
     return True in [torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients]
+
+
+def is_watched(t: torch.Tensor) -> bool:
+    """Whether something (torch.compile, jit.trace, a mode, vmap) wants to see what is computed from the tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 
 _ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))

@@ -240,7 +240,8 @@ def laplace_math(d, s, root, KIND: tl.constexpr):
 def gaussian_math(d, v, inverse, floor, KIND: tl.constexpr):
     """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v.
 
-    It is r = d / std that is squared, since a variance or its inverse leaves float32's range long before their roots do.
+    Beside a log-variance it is r = d / std that is squared, since the variance or its inverse leaves float32's range long before
+    their roots do.
     """
     if KIND == FIXED:
         r = d * inverse

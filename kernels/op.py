@@ -14,6 +14,7 @@ from fastelbo.dtypes import has_float16
 from fastelbo.specs import Gradients, Needs, Op
 
 from .launch import PROGRAMS, TILE, launch
+from .tile import narrow
 
 
 def op_of(run: Callable[..., tuple[tuple[Tensor | None, ...], Gradients]], early: Callable[[Any], bool] = lambda spec: False) -> Op:
@@ -74,8 +75,8 @@ def _scale(gradient, count, factor, BLOCK: tl.constexpr):
     whole = count // BLOCK
     for block in range(tl.program_id(0), whole, tl.num_programs(0)):
         here = gradient + core.to_tensor(block).to(tl.int64) * BLOCK + at
-        tl.store(here, (tl.load(here).to(factor.dtype) * factor).to(gradient.dtype.element_ty))
+        tl.store(here, narrow(tl.load(here).to(factor.dtype) * factor, gradient))
     if tl.program_id(0) == whole % tl.num_programs(0):
         here = gradient + core.to_tensor(whole).to(tl.int64) * BLOCK + at
         mask = at < count - whole * BLOCK
-        tl.store(here, (tl.load(here, mask, other=0.0).to(factor.dtype) * factor).to(gradient.dtype.element_ty), mask)
+        tl.store(here, narrow(tl.load(here, mask, other=0.0).to(factor.dtype) * factor, gradient), mask)

@@ -300,3 +300,10 @@ def test_errors() -> None:
         fastelbo.laplace_nll(x, x, logscale=torch.zeros(5))
     with pytest.raises(TypeError, match=r"logits must be float16, .* got torch\.int64"):
         fastelbo.bernoulli_nll(torch.zeros(4, 6, dtype=torch.int64), x)
+
+
+@pytest.mark.parametrize(("logit", "x", "want"), [(math.inf, 0.0, math.inf), (math.inf, 0.5, math.inf), (-math.inf, 1.0, math.inf)])
+@each_backend
+def test_an_infinite_logit_that_is_wrong(backend: Backend, logit: float, x: float, want: float) -> None:
+    logits, target = (torch.full((1, 1), t, device=backend.device) for t in (logit, x))
+    assert float(fastelbo.bernoulli_nll(logits, target, impl=backend.impl)) == want

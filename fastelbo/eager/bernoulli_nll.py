@@ -26,9 +26,8 @@ def tile(
     recon, x = (w.present(weight, t) for t in (widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc)))
     if want_terms:
         # With log(1 + e^m) as max(m, 0) + log1p(e^-|m|), nothing cancels beside a target near 0 or 1.
-        above = recon.clamp(min=0.0)
-        terms = recon.abs().neg_().exp_().log1p_().addcmul_(above, 1 - x)
-        terms.addcmul_(above.sub_(recon), x)
+        terms = recon.abs().neg_().exp_().log1p_().addcmul_(recon.clamp(min=0.0), 1 - x)
+        terms.addcmul_(recon.neg().clamp_(min=0.0), x)
         nll = w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep).mul_(spec.scale)
     rate = rate if weight is None else widen(weight, acc) * rate
     if d_recon is not None:

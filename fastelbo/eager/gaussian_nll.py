@@ -6,7 +6,7 @@ With the residual d = recon - x, an element's term and slopes are
     in recon      r / std             in x    -r / std
     in logvar     1/2 (1 - r^2)       in std  1/std (1 - r^2)       in var  1/2 / variance (1 - r^2)
 
-It is r that is squared, since a variance or its inverse leaves float32's range long before their roots do.
+Beside a log-variance it is r that is squared, since the variance or its inverse leaves float32's range long before their roots do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..dtypes import LOG_2PI, image, on_host, widen
 from ..specs import Likelihood, NLLInputs
+from ..tracing import is_watched
 from . import walk as w
 
 # A log-variance whose inverse variance is in float32's range, with room for residuals and factors.
@@ -33,7 +34,7 @@ def is_of_one_variance(inputs: NLLInputs, spec: Likelihood) -> bool:
 def level(inputs: NLLInputs, spec: Likelihood, acc: torch.dtype) -> float | Tensor:
     """That log-variance: a number where it is known to be near 0, and a 0-d tensor elsewhere."""
     given = inputs.variance
-    value = spec.logvar if given is None else given.item() if on_host(given) else given
+    value = spec.logvar if given is None else given.item() if on_host(given) and not is_watched(given) else given
     if isinstance(value, Tensor) or not abs(value) <= NEAR:
         return torch.as_tensor(value, dtype=acc, device=inputs.recon.device)
     return value
@@ -79,16 +80,18 @@ def tile(
     shape, recon, x = given.shape, widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc)
     given = w.present(weight, widen(given, acc), 0.0 if spec.parameter == "logvar" else 1.0)
     d = torch.sub(w.present(weight, recon), w.present(weight, x), out=d_given)
-    square, ratio, logvar, inner = _over_variance(d, given, spec, d_recon)
+    square, ratio, logvar, divisor = _over_variance(d, given, spec, d_recon)
     if want_terms:
         nll = _sum_of_terms(square, logvar, weight, spec)
     rate = rate if weight is None else widen(weight, acc) * rate
     if want_slope:
-        half = 0.5 * rate if inner is None else rate * inner
+        half = 0.5 * rate if divisor is None else rate
         if isinstance(half, Tensor):
             square.neg_().add_(1.0).mul_(half)
         else:
             torch.sub(torch.full((), half, dtype=acc, device=d.device), square, alpha=half, out=square)
+        if divisor is not None:
+            square.div_(divisor)
         slopes = None if d_given is not None else square.sum_to_size(shape)
     if d_x is not None:
         torch.mul(ratio, -rate, out=d_x)
@@ -110,17 +113,17 @@ def _sum_of_terms(square: Tensor, logvar: Tensor, weight: Tensor | None, spec: L
 
 
 def _over_variance(d: Tensor, given: Tensor, spec: Likelihood, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """r^2 in the memory of d; d / variance; the log-variance; and its derivative in the parameter, halved (None: 1/2)."""
+    """r^2 in the memory of d; d / variance; the log-variance; and what divides 1 - r^2 in the parameter's slope (None: 2)."""
     if spec.parameter == "logvar":
         inverse = torch.mul(given, -0.5, out=out if given.shape == d.shape else None).exp_()
         ratio = torch.mul(d.mul_(inverse), inverse, out=out)
         return torch.mul(d, d, out=d), ratio, given, None
     if spec.parameter == "std":
         ratio = torch.div(d.div_(given), given, out=out)
-        return torch.mul(d, d, out=d), ratio, 2 * torch.log(given), 1 / given
+        return torch.mul(d, d, out=d), ratio, 2 * torch.log(given), given
     raised = torch.clamp(given, min=spec.floor)
     if spec.floor == -math.inf or not on_host(given):
         # A negative variance is an error. With a floor it has been refused on a host; NaN shows it where no check looked.
         raised = raised.masked_fill(given < 0, math.nan)
     ratio = torch.div(d, raised, out=out)
-    return torch.mul(d, ratio, out=d), ratio, torch.log(raised), 0.5 / raised
+    return torch.mul(d, ratio, out=d), ratio, torch.log(raised), 2 * raised

@@ -124,6 +124,7 @@ def kl_pass(inputs: LatentInputs, spec: KL, needs: Needs, rate: Factor, acc: tor
     at most sqrt(2 count total), since it is about v^2 / 2 where that matters. So a total of count / 18 is off by 3 ulp at most.
     Nor may the terms be large: beside a prior's log-variance v is rounded, which moves e^v by eps |v|.
     """
+    rate = w.rate_of_some(rate, spec.scale)
     mu, weight, count = inputs.mu, inputs.weight, math.prod(inputs.mu.shape[spec.keep :])
     masks = weight is None or weight.dtype == torch.bool
     weight = None if weight is None else widen(w.against(weight, mu.ndim), acc)

@@ -64,6 +64,7 @@ def nll_pass(
 ) -> tuple[Any, Gradients]:
     """The scaled sums of the terms, and `rate` times the gradients that are needed."""
     recon, x, variance, weight = inputs
+    rate = w.rate_of_some(rate, spec.scale)
     shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
     likes = recon if needs[0] else None, x if needs[1] else None
     wider = sum(t.dtype != acc for t in (recon, x))

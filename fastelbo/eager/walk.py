@@ -31,6 +31,13 @@ def times(t: Tensor, factor: Any, out: Tensor | None = None) -> Tensor:
     return t if isinstance(factor, float) and factor == 1.0 else torch.mul(t, factor, out=out)
 
 
+def rate_of_some(rate: Any, scale: Any) -> Any:
+    """The rate of slopes, which is 0 where the scale is not finite: a mean over nothing is NaN, and has no slopes."""
+    if isinstance(scale, Tensor):
+        return torch.where(scale.isfinite(), rate, 0.0)
+    return rate if math.isfinite(scale) else torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+
+
 def against(t: Any, ndim: int, keep: int = 0) -> Any:
     """A tensor of the first `keep` dimensions, or of the last ones, as one of `ndim`; 0-d tensors and numbers as they are."""
     if not isinstance(t, Tensor) or t.ndim in (0, ndim):

@@ -53,3 +53,17 @@ def test_weight_dtype_does_not_decide_the_result_dtype(
         ):
             assert out.dtype == torch.float32
         compare("elbo_loss", backend, "contiguous", "float32", {"reduction": reduction}, weight="weight:element")
+
+
+@pytest.mark.parametrize("half", ["recon", "mu"])
+@each_backend
+def test_gradients_in_bfloat16_beside_float64_are_scaled(backend: Backend, half: str) -> None:
+    """The loss writes them for an upstream gradient of 1, and another one multiplies them afterwards."""
+    wide, narrow = torch.float64, torch.bfloat16
+    shapes = {"recon": (2, 5), "x": (2, 5), "mu": (2, 3), "logvar": (2, 3)}
+    v = {name: torch.ones(shape, dtype=narrow if name == half else wide, device=backend.device) for name, shape in shapes.items()}
+    v["x"] = 0 * v["x"]
+    v[half].requires_grad_()
+    loss = fastelbo.elbo_loss(**v, reduction="sum", impl=backend.impl)
+    (slope,) = torch.autograd.grad(1.5 * loss, v[half])
+    assert bool((slope == 1.5).all())

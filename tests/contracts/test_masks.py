@@ -11,6 +11,7 @@ import torch
 from cases import CPU, OPS, PATTERNS, Backend, each_backend, leaves, make, run
 from settings import compare
 
+import fastelbo
 from fastelbo.eager import walk
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -70,3 +71,35 @@ def test_weight_hides(backend: Backend, name: str, block: int, pattern: str, kin
 def test_mean_divides_by_the_sum_of_the_weights(backend: Backend, pattern: str) -> None:
     for name, kind in itertools.product(["gaussian_nll", "gaussian_kl", "elbo_loss"], ["mask", "weight"]):
         compare(name, backend, "chunk1", "float32", {"reduction": "mean"}, weight=f"{kind}:{pattern}", seed=7)
+
+
+@pytest.mark.parametrize("function", ["gaussian_kl", "gaussian_nll", "laplace_nll", "bernoulli_nll", "elbo_loss", "elbo_terms"])
+@each_backend
+def test_a_mean_over_nothing_has_no_slopes(backend: Backend, function: str) -> None:
+    recon, mu, logvar = (torch.randn(2, n, device=backend.device).requires_grad_() for n in (5, 3, 3))
+    spread = torch.zeros(2, 5, device=backend.device, requires_grad=True)
+    x = torch.zeros(2, 5, device=backend.device)
+    none = {"weight": torch.zeros(2, 1, dtype=torch.bool, device=backend.device), "reduction": "mean", "impl": backend.impl}
+    both = {**none, "kl_weight": none["weight"]}
+    outputs, inputs = {
+        "gaussian_kl": lambda: (fastelbo.gaussian_kl(mu, logvar, **none), [mu, logvar]),
+        "gaussian_nll": lambda: (fastelbo.gaussian_nll(recon, x, logvar=spread, **none), [recon, spread]),
+        "laplace_nll": lambda: (fastelbo.laplace_nll(recon, x, logscale=spread, **none), [recon, spread]),
+        "bernoulli_nll": lambda: (fastelbo.bernoulli_nll(recon, x, **none), [recon]),
+        "elbo_loss": lambda: (fastelbo.elbo_loss(recon, x, mu, logvar, **both), [recon, mu, logvar]),
+        "elbo_terms": lambda: (fastelbo.elbo_terms(recon, x, mu, logvar, **both), [recon, mu, logvar]),
+    }[function]()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(bool(t.isnan()) for t in outputs)
+    for slope in torch.autograd.grad(outputs, inputs):
+        assert not slope.any()
+
+
+@each_backend
+def test_a_mean_over_an_empty_batch_has_no_slopes(backend: Backend) -> None:
+    for shape in ((), (3,)):
+        spread = torch.zeros(shape, device=backend.device, requires_grad=True)
+        empty = torch.zeros(0, 3, device=backend.device)
+        nll = fastelbo.gaussian_nll(empty, empty, logvar=spread, reduction="mean", impl=backend.impl)
+        assert bool(nll.isnan())
+        assert not torch.autograd.grad(nll, spread)[0].any()

@@ -129,3 +129,12 @@ def test_no_nan_where_subnormals_are_flushed(form: str) -> None:
     (slope,) = torch.autograd.grad(nll.sum(), recon)
     torch.testing.assert_close(nll.detach(), torch.full((BATCH,), -44.0 * WIDTH))
     assert not slope.any()
+
+
+@each_backend
+def test_a_subnormal_std(backend: Backend) -> None:
+    """Its inverse is infinite, and its slope, for a residual of the same size, is 0."""
+    std = torch.full((1, 1), 1e-40, device=backend.device, requires_grad=True)
+    nll = fastelbo.gaussian_nll(torch.full_like(std, 1e-40).detach(), torch.zeros_like(std), std=std, impl=backend.impl)
+    (slope,) = torch.autograd.grad(1e-3 * nll.sum(), std)
+    assert not slope.isnan().any()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastelbo
 
@@ -140,3 +141,19 @@ def test_fake_tensors_go_forward_and_backward(name: str) -> None:
     for f, t in zip(fake, real, strict=True):
         assert (f.grad is None) == (t.grad is None)
         assert f.grad is None or (f.grad.shape, f.grad.dtype) == (t.grad.shape, t.grad.dtype)
+
+
+def test_a_trace_does_not_keep_the_value_of_a_learned_variance() -> None:
+    """What watches tensors, other than torch.compile: jit.trace, make_fx, and a mode around a real parameter."""
+    recon, x = (torch.randn(4, 3, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    call = lambda r, x, v: fastelbo.gaussian_nll(r, x, logvar=v)  # noqa: E731
+    want = call(recon, x, torch.tensor(1.0))
+    for traced in (
+        torch.jit.trace(call, (recon, x, torch.tensor(-2.0))),
+        make_fx(call, tracing_mode="real")(recon, x, torch.tensor(-2.0)),
+    ):
+        torch.testing.assert_close(traced(recon, x, torch.tensor(1.0)), want)
+    spread = torch.nn.Parameter(torch.tensor(0.5))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = fastelbo.gaussian_nll(torch.randn(4, 3), torch.randn(4, 3), logvar=spread)
+        assert loss.shape == (4,)
