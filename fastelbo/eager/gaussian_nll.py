@@ -32,7 +32,10 @@ def is_of_one_variance(inputs: NLLInputs, spec: Likelihood) -> bool:
 
 
 def level(inputs: NLLInputs, spec: Likelihood, acc: torch.dtype) -> float | Tensor:
-    """That log-variance: a number where it is known to be near 0, and a 0-d tensor elsewhere."""
+    """That log-variance: a number where it is known to be near 0, and a 0-d tensor elsewhere.
+
+    Only a CPU's tensor is read, which waits for nothing.
+    """
     given = inputs.variance
     value = spec.logvar if given is None else given.item() if on_host(given) and not is_watched(given) else given
     if isinstance(value, Tensor) or not abs(value) <= NEAR:

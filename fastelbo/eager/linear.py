@@ -73,8 +73,7 @@ def _walk(
     count, width, acc = h.shape[0], x.shape[1], accumulate_dtype(*inputs)
     exact = torch.float64 if on_host(x) else acc
     given = torch.full((), likelihood.logvar, dtype=exact, device=x.device) if variance is None else variance.to(exact)
-    rate = torch.as_tensor(rate, dtype=acc, device=x.device)
-    rate = rate if x.numel() else torch.zeros_like(rate)  # the mean of no terms is NaN, but has no slopes
+    rate = torch.as_tensor(w.rate_of_some(rate, likelihood.scale), dtype=acc, device=x.device)
     # The tiles are multiplied by as much of s as float32 surely bears. The rest of 1 / variance, and a common rate, multiply a
     # narrow factor or the sums: these may be infinite then, and never NaN.
     one, common = given.numel() == 1, torch.ones((), dtype=acc, device=x.device) if rate.ndim else rate
