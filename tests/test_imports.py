@@ -41,6 +41,7 @@ ALLOWED = {
     "distributions": PUBLIC | {"functional", "latent"},
     "modules": PUBLIC | {"functional", "latent", "drop_in", "linear", "distributions", "estimators"},
     "schedules": {"dtypes", "types"},
+    "integrations": {"types", "functional", "latent", "distributions"},
     # On top of all.
     "numerics": PUBLIC
     | {"reference", "functional", "latent", "drop_in", "linear", "distributions", "estimators", "eager", "kernels"},
