@@ -58,7 +58,7 @@ $(INTEGRATIONS_VENV)/.fastelbo-ready: pyproject.toml constraints.txt constraints
 	test -x $(INTEGRATIONS_VENV)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS_VENV)
 	$(INTEGRATIONS_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel
 	$(INTEGRATIONS_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
-	    -c constraints-integrations.txt --no-build-isolation -e ".[integrations]" pytest pytest-timeout
+	    -c constraints-integrations.txt --no-build-isolation -e ".[cli,integrations]" pytest pytest-timeout
 	touch $@
 
 .PHONY: test-integrations

@@ -31,6 +31,13 @@ def _summed_last(moments: Tensor) -> Tensor:
     return moments if moments.ndim == 4 else moments.movedim((1, 2, 3), (-3, -2, -1))
 
 
+def _loaded(parameters: Tensor, deterministic: bool) -> Any:
+    """What a pickled posterior becomes: one of the class that is bound by then."""
+    from diffusers.models.autoencoders import vae
+
+    return vae.DiagonalGaussianDistribution(parameters, deterministic)
+
+
 @functools.cache
 def _fused(original: Any) -> Any:
     """The class that takes the place of the original, and is a subclass of it."""
@@ -42,6 +49,9 @@ def _fused(original: Any) -> Any:
             self.parameters = parameters
             self.deterministic = deterministic
             self._posterior = DiagonalGaussian.from_moments(parameters, deterministic=deterministic)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _loaded, (self.parameters, self.deterministic)
 
         # Properties, because few callers want all four. They are not kept: one that was first read under no_grad has no gradient.
         mean = property(lambda self: self._posterior.mean)

@@ -32,12 +32,20 @@ from .patching import Patch, check_version, replaced
 KNOWN = "1.9.2"
 
 
+def _unexpanded(t: Tensor) -> Tensor:
+    """One of the equal values along each expanded dimension: a Normal expands a number to the shape of its loc."""
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
 def _log_prob(p: Normal, value: Tensor, event_dims: int) -> Tensor:
     """Log-density of the shape that p and the value broadcast to, summed over the last `event_dims` dimensions."""
     loc = p.loc
     if value.shape != loc.shape:
         loc, value = torch.broadcast_tensors(loc, value)
-    return -gaussian_nll(loc, value, std=p.scale, batch_dims=loc.ndim - event_dims)
+    return -gaussian_nll(loc, value, std=_unexpanded(p.scale), batch_dims=loc.ndim - event_dims)
 
 
 @contextmanager

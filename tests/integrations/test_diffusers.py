@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -155,6 +157,31 @@ def test_no_overflow_in_half_precision() -> None:
     with fused.patch():
         kl = vae.DiagonalGaussianDistribution(moments).kl()
     torch.testing.assert_close(kl, torch.tensor([3269001.3725]))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_copies_and_pickles(deterministic: bool) -> None:
+    with fused.patch():
+        posterior = vae.DiagonalGaussianDistribution(torch.randn(2, 4, 3, 3), deterministic)
+        pickled, copied = pickle.dumps(posterior), copy.deepcopy(posterior)
+        inside = pickle.loads(pickled)
+        assert type(copied) is type(inside) is type(posterior)
+    outside = pickle.loads(pickled)
+    assert type(outside) is ORIGINAL["class"]
+    for other in (copied, inside, outside):
+        assert other.deterministic is deterministic
+        assert torch.equal(other.parameters, posterior.parameters)
+        torch.testing.assert_close(other.kl(), posterior.kl())
+
+
+def test_compiled() -> None:
+    def call(p: Any, q: Any, x: Tensor) -> Tensor:
+        compiled = torch.compile(
+            lambda moments: type(p)(moments).kl() + type(p)(moments).nll(x), fullgraph=True, backend="aot_eager"
+        )
+        return compiled(p.parameters)
+
+    check(fused, posterior_step((3, 4, 5, 6), torch.float64, call), {"PackedLatent", "NLL"})
 
 
 def test_it_is_bound_everywhere() -> None:

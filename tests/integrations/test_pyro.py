@@ -109,29 +109,27 @@ def test_a_trace_of_jit_is_pyros_own() -> None:
     assert patched.keys() == step().keys()
 
 
-def t(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
-
-
+# The distribution of loc and log scale, their shapes, and that of the value.
 CASES = {
-    "value over samples": lambda: (dist.Normal(t(4, 3), t(3).exp()).to_event(1), t(5, 4, 3)),
-    "value under the batch": lambda: (dist.Normal(t(4, 3), t(4, 1).exp()).to_event(1), t(3)),
-    "two event dimensions": lambda: (dist.Normal(t(4, 3, 2), 0.5).to_event(2), t(4, 3, 2)),
-    "no batch": lambda: (dist.Normal(t(3), 2.0).to_event(1), t(3)),
-    "of torch": lambda: (dist.Independent(torch.distributions.Normal(t(4, 3), 1.5), 1), t(4, 3)),
-    "expanded": lambda: (dist.Normal(t(3), t(3).exp()).to_event(1).expand([4]), t(4, 3)),
+    "value over samples": (lambda m, s: dist.Normal(m, s.exp()).to_event(1), (4, 3), (3,), (5, 4, 3)),
+    "value under the batch": (lambda m, s: dist.Normal(m, s.exp()).to_event(1), (4, 3), (4, 1), (3,)),
+    "two event dimensions": (lambda m, s: dist.Normal(m, s.exp()).to_event(2), (4, 3, 2), (), (4, 3, 2)),
+    "one loc for all": (lambda m, s: dist.Normal(m, s.exp()).to_event(1), (1,), (3,), (4, 3)),
+    "no batch": (lambda m, s: dist.Normal(m, s.exp()).to_event(1), (3,), (), (3,)),
+    "of torch": (lambda m, s: dist.Independent(torch.distributions.Normal(m, s.exp()), 1), (4, 3), (1, 3), (4, 3)),
+    "expanded": (lambda m, s: dist.Normal(m, s.exp()).to_event(1).expand([4]), (3,), (3,), (4, 3)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_log_prob(case: str) -> None:
-    d, value = CASES[case]()
-    base = d.base_dist
+    make, *shapes = CASES[case]
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
 
     def step() -> dict[str, Tensor]:
-        log_prob = d.log_prob(value)
-        leaves = [leaf for leaf in (base.loc, base.scale, value) if leaf.requires_grad]
-        grads = torch.autograd.grad(log_prob.sin().sum(), leaves, retain_graph=True)
+        log_prob = make(*leaves[:2]).log_prob(leaves[2])
+        upstream = torch.arange(1.0, 1 + log_prob.numel(), dtype=torch.float64).view_as(log_prob)
+        grads = torch.autograd.grad(log_prob, leaves, upstream)
         return {"log_prob": log_prob, **{f"gradient {i}": g for i, g in enumerate(grads)}}
 
     check(fused, step, {"NLL"})
