@@ -70,8 +70,17 @@ assert_type(posterior.sample(torch.Generator()), Tensor)
 assert_type(posterior.entropy(), Tensor)
 assert_type(posterior.batch_shape, torch.Size)
 
+
+def distance(x: Tensor, recon: Tensor) -> Tensor:
+    return (x - recon).abs().mean(1)
+
+
+autoencoder = fastelbo.AutoencoderKLLoss()
+assert_type(autoencoder.forward(recon, x, posterior.kl(), weight=torch.ones(4)), tuple[Tensor, Tensor, Tensor])
+assert_type(autoencoder.adaptive_weight(recon.square().sum(), recon.sum(), recon), Tensor)
 modules = nn.ModuleList(
     [
+        fastelbo.AutoencoderKLLoss(likelihood="l2", kl_weight=np.float64(1e-6), perceptual_loss=distance),
         fastelbo.ELBOLoss(beta=0.5, recon_logvar=nn.Parameter(torch.zeros(())), reduction="sum"),
         fastelbo.GaussianNLLLoss(reduction="mean"),
         fastelbo.LinearELBO(3, 6, learned=True),
