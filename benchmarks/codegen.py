@@ -135,6 +135,19 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         True,
         lambda: backward(fastelbo.gaussian_kl(randn(64, 32), randn(64, 32), randn(64, 32), randn(64, 32))),
     )
+    for form in ("logstd", "std", "var"):
+        yield (
+            f"gaussian_kl, {form}, learned prior",
+            True,
+            lambda form=form: backward(
+                fastelbo.gaussian_kl(randn(64, 32), prior_mu=randn(64, 32), **{form: randn(64, 32), f"prior_{form}": randn(64, 32)})
+            ),
+        )
+        yield (
+            f"reparameterize_kl, {form}, seed",
+            True,
+            lambda form=form: backward(fastelbo.reparameterize_kl(randn(64, 32), **{form: randn(64, 32)}, seed=1)),
+        )
     yield "reparameterize_kl, seed", True, lambda: backward(latent(f32, seed=1))
     yield "reparameterize_kl, seed, bf16", False, lambda: backward(latent(bf16, seed=1))
     yield "reparameterize_kl, eps", True, lambda: backward(latent(f32, eps=torch.zeros(64, 32)))

@@ -7,11 +7,9 @@ from .estimators import effective_beta, sgvb_loss
 from .functional import (
     elbo_loss,
     elbo_terms,
-    gaussian_kl,
     gaussian_nll,
-    reparameterize,
-    reparameterize_kl,
 )
+from .latent import gaussian_kl, kl_divergence, reparameterize, reparameterize_kl
 from .likelihoods import bernoulli_nll, laplace_nll
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
@@ -35,6 +33,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_nll",
     "gaussian_nll_loss",
+    "kl_divergence",
     "laplace_nll",
     "linear_elbo_loss",
     "linear_gaussian_nll",

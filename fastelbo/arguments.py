@@ -20,6 +20,9 @@ from .specs import KL, Factor, LatentInputs, Likelihood
 from .tracing import NUMBER
 from .types import Number, Reduction, Seed
 
+# The forms of a posterior's spread, and of a prior's.
+FORMS = ("logvar", "logstd", "std", "var")
+
 
 def symbolic(value: float, like: Tensor) -> Tensor:
     """A number in a traced function. Added to a tensor it stays symbolic; as anything else every new value is a new graph."""
@@ -189,19 +192,65 @@ def noise(
     return noise.normal_(generator=generator), None
 
 
-def posterior(mu: Tensor, logvar: Tensor, prior_mu: Any, prior_logvar: Any, weight: Any, name: str = "weight") -> LatentInputs:
-    """Check what a KL takes, and return it without noise. The weight has a name of its own beside another one."""
+def posterior_spread(mu: Tensor, *forms: Any) -> tuple[str, Tensor]:
+    """Check mu and its spread, and return the form that is given and the spread."""
+    given = [(form, value) for form, value in zip(FORMS, forms, strict=True) if value is not None]
+    if not given:
+        checks.tensor("mu", mu)
+        raise TypeError("logvar must be a torch.Tensor, got NoneType, and none of logstd, std and var is given")
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(FORMS)}, got {' and '.join(form for form, _ in given)}")
+    ((form, spread),) = given
+    checks.pair("mu", mu, form, spread)
+    return form, spread
+
+
+def prior_spread(mu: Tensor, parameter: str, *forms: Any) -> tuple[str, Any]:
+    """The name of the prior's spread that is given, and its value in the posterior's form; None where none is."""
+    given = [(form, plain(value)) for form, value in zip(FORMS, forms, strict=True) if value is not None]
+    if not given:
+        return f"prior_{parameter}", None
+    if len(given) > 1:
+        raise ValueError(f"give one form of the prior's spread, got {' and '.join(f'prior_{form}' for form, _ in given)}")
+    ((form, value),) = given
+    name = f"prior_{form}"
+    checks.spread(name, form, value, mu.device)
+    return name, value if form == parameter else _converted(value, form, parameter, mu)
+
+
+def _converted(value: Any, form: str, to: str, mu: Tensor) -> Tensor:
+    """A spread in another form."""
+    if isinstance(value, NUMBER):
+        value = symbolic(value, mu)
+    value = value.float() if value.dtype.itemsize < 4 else value
+    if {form, to} == {"std", "var"}:
+        return value.square() if to == "var" else value.sqrt()
+    value = value if form in ("logvar", "logstd") else torch.log(value)
+    value = value * ((2.0 if form in ("logstd", "std") else 1.0) / (2.0 if to in ("logstd", "std") else 1.0))
+    return value if to in ("logvar", "logstd") else torch.exp(value)
+
+
+def posterior(
+    mu: Tensor, spread: Tensor, prior_mu: Any, prior_spread: tuple[str, Any], weight: Any, name: str = "weight"
+) -> LatentInputs:
+    """Check what a KL takes, and return it without noise.
+
+    The prior's spread has the name that the user knows it by. The weight has a name of its own beside another one.
+    """
     if prior_mu is not None:
         prior_mu = prior("prior_mu", prior_mu, mu)
-    if prior_logvar is not None:
-        prior_logvar = prior("prior_logvar", prior_logvar, mu)
+    prior_name, scale = prior_spread
+    if scale is not None:
+        scale = prior(prior_name, scale, mu)
     if weight is not None:
         weight = weight_of(name, weight, "mu", mu)
-    return LatentInputs(mu, logvar, prior_mu, prior_logvar, weight)
+    return LatentInputs(mu, spread, prior_mu, scale, weight)
 
 
-def kl_of(inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any) -> KL:
+def kl_of(inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any, parameter: str = "logvar") -> KL:
     """Check the options of a KL, and return its record."""
     keep = checks.kept_dims(reduction, batch_dims, inputs.mu.ndim)
     scale = scale_of(reduction, batch_dims, inputs.mu.shape, inputs.weight, inputs[:4])
-    return KL(keep, scale, logvar_clamp if logvar_clamp is None else checks.clamp(logvar_clamp))
+    if logvar_clamp is not None and parameter != "logvar":
+        raise ValueError(f"logvar_clamp is given, but the posterior's spread is {parameter}: only a logvar is clamped")
+    return KL(keep, scale, logvar_clamp if logvar_clamp is None else checks.clamp(logvar_clamp), parameter)

@@ -136,6 +136,14 @@ def prior(name: str, value: Any, mu: Tensor) -> None:
     broadcast(name, value, "mu", mu.shape)
 
 
+def spread(name: str, form: str, value: Any, device: torch.device) -> None:
+    """The spread of a prior, given in one form or another: a number, or a tensor, whose shape is checked beside mu's."""
+    if not isinstance(value, NUMBER) or isinstance(value, bool):
+        tensor(name, value, device)
+    elif form in ("std", "var") and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def variance(name: str, parameter: str, value: Any, recon: Tensor) -> None:
     """A variance, given as a "logvar", "std" or "var": a number, or a tensor that broadcasts to recon."""
     if isinstance(value, Tensor):

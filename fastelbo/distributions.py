@@ -12,7 +12,8 @@ from torch.distributions import register_kl
 
 from . import arguments, checks
 from .dtypes import LOG_2PI, accumulate_dtype, plain
-from .functional import gaussian_nll, reparameterised
+from .functional import gaussian_nll
+from .latent import reparameterised
 from .specs import Latent, LatentInputs
 from .tracing import one_node
 from .types import Clamp, Impl, Int, Reduction, Seed
@@ -77,7 +78,7 @@ def of_posterior(
     """
     mu, logvar, clamp, impl, moments, dim = q
     weight, reduction, batch_dims = kl or (None, "none", 0)
-    inputs = arguments.posterior(mu, logvar, *prior, weight)
+    inputs = arguments.posterior(mu, logvar, prior[0], ("other", prior[1]), weight)
     spec = Latent(arguments.kl_of(inputs, reduction, batch_dims, clamp), kl is not None, num_samples)
     if noise is not None:
         inputs = LatentInputs(*inputs[:5], *_noise(mu, num_samples, *noise))

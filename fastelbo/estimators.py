@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import arguments, checks
 from .dtypes import plain
-from .functional import observed, reparameterize_kl
+from .functional import observed
+from .latent import reparameterize_kl
 from .tracing import one_node
 from .types import Clamp, Family, Impl, Int, Number, Reduction, Seed, SgvbOptions
 

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, make the records, call autograd.
+"""What stands after the decoder: check the arguments, make the records, call autograd.
 
 Conventions of every function here. Tensors are `(batch, ...)` of any rank. Losses are in nats, in float32 (float64 if any input
 is). Half precision is widened before any arithmetic. No input is written to. Gradients have their input's dtype and shape.
@@ -12,153 +12,13 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks
-from .dtypes import accumulate_dtype, plain
-from .specs import Backend, Elbo, ElboInputs, Latent, LatentInputs, Likelihood, NLLInputs
+from .dtypes import accumulate_dtype
+from .specs import Backend, Elbo, ElboInputs, Likelihood, NLLInputs
 from .tracing import one_node
-from .types import Clamp, ElboOptions, Family, Impl, Int, Number, Reduction, Seed
+from .types import Clamp, ElboOptions, Family, Impl, Number, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def reparameterised(
-    inputs: LatentInputs, spec: Latent, impl: Impl | None, packed: tuple[Tensor, int] | None = None
-) -> tuple[Any, Any]:
-    """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and logvar are the halves of moments."""
-    chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
-    traced = torch.compiler.is_compiling()
-    scale = spec.kl.scale
-    if traced:
-        spec = spec._replace(kl=spec.kl._replace(scale=1.0))
-    if packed is None or chosen is None:
-        z, kl = autograd.call(autograd.Latent, chosen, spec, inputs)
-    else:
-        z, kl = autograd.call_packed(chosen, spec, packed[1], packed[0], inputs)
-    return z, kl * scale if traced and spec.want_kl else kl
-
-
-# ---- before the decoder ----------------------------------------------------------------------------------------------------------
-
-
-@one_node
-def reparameterize(
-    mu: Tensor,
-    logvar: Tensor,
-    num_samples: Int | None = None,
-    *,
-    eps: Tensor | None = None,
-    seed: Seed | None = None,
-    generator: torch.Generator | None = None,
-    impl: Impl | None = None,
-) -> Tensor:
-    """Sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, I): Kingma & Welling 2014, section 2.4.
-
-    Args:
-        mu: Means, of any shape and floating dtype.
-        logvar: Log-variances, of mu's shape.
-        num_samples: None for one sample of mu's shape; L for samples of shape `(L, *mu.shape)`.
-        eps: The noise itself, of z's shape; a constant.
-        seed: An int or a 0-d int64 tensor on mu's device: counter-based Philox4x32-10 noise, the same on every device. Nothing is
-            stored for backward, which regenerates it.
-        generator: Source of the noise (CPU) or of a fresh seed (GPU). At most one of eps, seed and generator may be given. With
-            none, the CPU draws what `torch.randn_like(mu)` would, and a GPU draws a seed without a host synchronisation.
-        impl: None or "auto", "triton", "torch", "reference".
-
-    Returns:
-        z in mu's dtype, differentiable in mu and logvar.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
-    """
-    checks.pair("mu", mu, "logvar", logvar)
-    samples: int | None = None if num_samples is None else plain(num_samples)
-    noise = arguments.noise(mu, samples, eps, seed, generator)
-    inputs = LatentInputs(mu, logvar, None, None, None, *noise)
-    return reparameterised(inputs, Latent(want_kl=False, num_samples=samples), impl)[0]
-
-
-@one_node
-def reparameterize_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | Number | None = None,
-    prior_logvar: Tensor | Number | None = None,
-    *,
-    num_samples: Int | None = None,
-    eps: Tensor | None = None,
-    seed: Seed | None = None,
-    generator: torch.Generator | None = None,
-    logvar_clamp: Clamp | None = None,
-    weight: Tensor | None = None,
-    reduction: Reduction = "none",
-    batch_dims: int = 1,
-    impl: Impl | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample z and compute KL(N(mu, exp(logvar)) || prior) in one pass over mu and logvar.
-
-    The two are those of `reparameterize` and `gaussian_kl`, whose arguments it takes; `logvar_clamp` bounds logvar for both, with
-    zero gradient outside. The KL does not depend on `num_samples`.
-
-    Returns:
-        (z, kl): z in mu's dtype, kl in nats, both differentiable in mu and logvar, kl in the prior too.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise are given.
-    """
-    checks.pair("mu", mu, "logvar", logvar)
-    inputs = arguments.posterior(mu, logvar, prior_mu, prior_logvar, weight)
-    kl = arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp)
-    samples: int | None = None if num_samples is None else plain(num_samples)
-    noise = arguments.noise(mu, samples, eps, seed, generator)  # drawn when nothing is left that could be refused
-    return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=samples), impl)
-
-
-@one_node
-def gaussian_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | Number | None = None,
-    prior_logvar: Tensor | Number | None = None,
-    *,
-    logvar_clamp: Clamp | None = None,
-    weight: Tensor | None = None,
-    reduction: Reduction = "none",
-    batch_dims: int = 1,
-    impl: Impl | None = None,
-) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))), in nats: Kingma & Welling 2014, appendix B.
-
-    Computed as 1/2 [ (mu - prior_mu)^2 / prior_var + (e^v - 1 - v) ] with v = logvar - prior_logvar and a series for small v, so
-    that it does not cancel near the prior: it is never negative.
-
-    Args:
-        mu: Means, of any shape and floating dtype.
-        logvar: Log-variances, of mu's shape.
-        prior_mu: Mean of the prior: a number or a tensor; None is 0. mu and the prior's tensors broadcast against each other, so
-            that mu `(batch, 1, latents)` and prior_mu `(components, latents)` give the KL to each component.
-        prior_logvar: Log-variance of the prior, likewise; None is 0.
-        logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside, as latent-diffusion code does; an edge of
-            None is no bound.
-        weight: A bool mask or weights that broadcast to mu; a constant. Where it is 0 the element is absent: a NaN under it reaches
-            neither loss nor gradient. A "mean" over nothing, as under a mask that is all False, is NaN.
-        reduction: "none" sums all but the first `batch_dims` dimensions; "batchmean" is the mean of those sums over the batch;
-            "sum" sums everything; "mean" divides by the number of elements, or by the sum of the weights.
-        batch_dims: How many leading dimensions are the batch. With "none" and `batch_dims=mu.ndim` nothing is summed.
-        impl: None or "auto", "triton", "torch", "reference".
-
-    Returns:
-        The KL, differentiable in mu, logvar, prior_mu and prior_logvar.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
-    """
-    checks.pair("mu", mu, "logvar", logvar)
-    mu, logvar = arguments.against_priors((mu, logvar), prior_mu, prior_logvar)
-    inputs = arguments.posterior(mu, logvar, prior_mu, prior_logvar, weight)
-    return reparameterised(inputs, Latent(arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp)), impl)[1]
-
-
-# ---- after the decoder -----------------------------------------------------------------------------------------------------------
 
 
 def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
@@ -266,7 +126,7 @@ def _elbo(
     variance, _, number = arguments.variance(name, "logvar", spread, recon)
     if weight is not None:
         weight = arguments.weight_of("weight", weight, "recon", recon)
-    latent = arguments.posterior(mu, logvar, *prior, kl_weight, "kl_weight")
+    latent = arguments.posterior(mu, logvar, prior[0], ("prior_logvar", prior[1]), kl_weight, "kl_weight")
     inputs = ElboInputs(recon, x, variance, *latent[:4], weight, latent.weight)
     kl = arguments.kl_of(latent, reduction, 1, logvar_clamp)
     scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])

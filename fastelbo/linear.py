@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments, autograd, backend, checks, composed
 from .dtypes import accumulate_dtype, plain
-from .functional import reparameterised
+from .latent import reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
 from .tracing import one_node
 from .types import Impl, Int, LinearElboOptions, Number, Precision, Reduction, Seed
@@ -284,7 +284,7 @@ def linear_elbo_loss(
         raise ValueError(
             f"mu has shape {checks.shape_of(mu)}, expected (batch, latents) = {(x.shape[0], weight.shape[1])} by x and weight"
         )
-    prior = arguments.posterior(mu, logvar, prior_mu, prior_logvar, None)[2:4]
+    prior = arguments.posterior(mu, logvar, prior_mu, ("prior_logvar", prior_logvar), None)[2:4]
     keep = checks.kept_dims(reduction, 1, 2)
     samples: int | None = plain(num_samples)
     noise = arguments.noise(mu, samples, eps, seed, generator)

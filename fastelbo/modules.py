@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import backend, checks
 from .drop_in import gaussian_nll_loss
 from .dtypes import plain
-from .functional import elbo_loss, reparameterize
+from .functional import elbo_loss
+from .latent import reparameterize
 from .linear import check_layer, linear_elbo_loss
 from .noise import check_seed
 from .tracing import NUMBER

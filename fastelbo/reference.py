@@ -121,26 +121,39 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
     return spec.scale * _reduce(terms, weight, spec.keep)
 
 
+def logvar_of(spread: Tensor, spec: KL, weight: Tensor | None = None) -> Tensor:
+    """The log-variance of a posterior or a prior whose spread is given in any form; that of what is absent is 0."""
+    if spec.parameter in ("std", "var"):
+        if weight is not None:
+            spread = torch.where(weight == 0, torch.ones_like(spread), spread)
+        spread = torch.log(spread)
+    (spread,) = present(weight, spread)
+    return spread if spec.parameter in ("logvar", "var") else 2.0 * spread
+
+
 def kl(inputs: LatentInputs, spec: KL) -> Tensor:
-    acc = accumulate_dtype(*inputs[:4])
-    mu, logvar = inputs.mu.to(acc), inputs.logvar.to(acc)
+    acc, weight = accumulate_dtype(*inputs[:4]), inputs.weight
+    mu, logvar = inputs.mu.to(acc), logvar_of(inputs.spread.to(acc), spec, weight)
     prior_mu = torch.zeros_like(mu) if inputs.prior_mu is None else inputs.prior_mu.to(acc)
-    prior_logvar = torch.zeros_like(logvar) if inputs.prior_logvar is None else inputs.prior_logvar.to(acc)
-    mu, logvar, prior_mu, prior_logvar = present(inputs.weight, mu, logvar, prior_mu, prior_logvar)
+    prior_logvar = torch.zeros_like(mu) if inputs.prior_spread is None else logvar_of(inputs.prior_spread.to(acc), spec, weight)
+    mu, prior_mu = present(weight, mu, prior_mu)
     if spec.clamp is not None:
         logvar = torch.clamp(logvar, *spec.clamp)
-    return spec.scale * _reduce(gaussian_kl(mu, logvar, prior_mu, prior_logvar), inputs.weight, spec.keep)
+    return spec.scale * _reduce(gaussian_kl(mu, logvar, prior_mu, prior_logvar), weight, spec.keep)
 
 
-def sample(inputs: LatentInputs, clamp: tuple[float, float] | None, num_samples: int | None) -> Tensor | None:
-    """z in mu's dtype, of the noise's shape; None where the inputs have no noise."""
-    mu, logvar = inputs.mu, inputs.logvar
+def sample(inputs: LatentInputs, spec: KL, num_samples: int | None) -> Tensor | None:
+    """z in mu's dtype, of the noise's shape; None where the inputs have no noise. The clamp and the parameter are the KL's."""
+    mu, spread = inputs.mu, inputs.spread
     eps = inputs.eps if inputs.seed is None else sample_noise(mu, inputs.seed, num_samples)
     if eps is None:
         return None
-    acc = accumulate_dtype(mu, logvar)
-    wide = logvar.to(acc) if clamp is None else torch.clamp(logvar.to(acc), *clamp)
-    return reparameterize(mu.to(acc), wide, eps.to(acc)).to(mu.dtype)
+    acc = accumulate_dtype(mu, spread)
+    wide, noise = spread.to(acc), eps.to(acc)
+    if spec.parameter == "std":
+        return (mu.to(acc) + wide * noise).to(mu.dtype)
+    logvar = logvar_of(wide, spec)
+    return reparameterize(mu.to(acc), logvar if spec.clamp is None else torch.clamp(logvar, *spec.clamp), noise).to(mu.dtype)
 
 
 # ---- the ops: what `specs.Backend` lists, with the same outputs ------------------------------------------------------------------
@@ -151,7 +164,7 @@ def likelihood(inputs: NLLInputs, spec: Likelihood) -> tuple[Tensor]:
 
 
 def latent(inputs: LatentInputs, spec: Latent) -> tuple[Tensor | None, Tensor | None]:
-    return sample(inputs, spec.kl.clamp, spec.num_samples), kl(inputs, spec.kl) if spec.want_kl else None
+    return sample(inputs, spec.kl, spec.num_samples), kl(inputs, spec.kl) if spec.want_kl else None
 
 
 def elbo_terms(inputs: ElboInputs, spec: Elbo) -> tuple[Tensor, Tensor]:
@@ -175,7 +188,7 @@ def linear_nll(inputs: LinearInputs, spec: Linear) -> tuple[Tensor]:
 
 
 def linear_elbo(inputs: LinearElboInputs, spec: LinearElbo) -> tuple[Tensor, ...]:
-    z = sample(inputs.latent, None, spec.num_samples)
+    z = sample(inputs.latent, spec.kl, spec.num_samples)
     assert z is not None
     (each,) = linear_nll(inputs.linear(z if spec.num_samples is None else z.flatten(0, 1)), spec.linear)
     if spec.linear.likelihood.keep and spec.num_samples is not None:

@@ -48,17 +48,18 @@ class Likelihood(NamedTuple):
 
 
 class KL(NamedTuple):
-    """scale * sum of weight * KL(N(mu, exp(logvar)) || prior), in nats, over all but the first `keep` dimensions."""
+    """scale * sum of weight * KL(posterior || prior), in nats, over all but the first `keep` dimensions."""
 
     keep: int = 0
     scale: Factor = 1.0
-    clamp: tuple[float, float] | None = None  # of logvar, with gradient 0 outside
+    clamp: tuple[float, float] | None = None  # of a logvar, with gradient 0 outside
+    parameter: str = "logvar"  # what the spreads of posterior and prior are: "logvar", "logstd", "std" or "var"
 
 
 class Latent(NamedTuple):
     """A sample of the posterior (where the inputs have eps or a seed) and its KL (where it is wanted)."""
 
-    kl: KL = KL()  # its clamp holds for the sample too
+    kl: KL = KL()  # its clamp and parameter hold for the sample too
     want_kl: bool = True
     num_samples: int | None = None  # None: z has mu's shape; otherwise (num_samples, *mu.shape)
 
@@ -101,9 +102,9 @@ class NLLInputs(NamedTuple):
 
 class LatentInputs(NamedTuple):
     mu: Tensor  # (batch, ...)
-    logvar: Tensor  # of mu's shape
+    spread: Tensor  # of mu's shape: what `KL.parameter` says
     prior_mu: Tensor | None = None  # of mu's shape; None is 0
-    prior_logvar: Tensor | None = None  # of mu's shape; None is 0
+    prior_spread: Tensor | None = None  # of mu's shape; None is a standard deviation of 1
     weight: Tensor | None = None  # of the KL: bool or floating, broadcasts to mu
     eps: Tensor | None = None  # of z's shape
     seed: Tensor | None = None  # 0-d int64; at most one of eps and seed

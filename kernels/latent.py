@@ -19,7 +19,7 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
 from .launch import fold, scalar, tile_size, views
-from .math import exp, half_expm1_and_remainder
+from .math import divide, exp, half_expm1_and_remainder, minus_log, sqrt
 from .op import op_of
 from .philox import normal_rows
 from .reduction import TOTAL, Plan, Sums, collect, finish, sums_of_terms
@@ -28,6 +28,10 @@ from .tile import Block, Grid, load, read, store, tile_at, tiles_of, zeros
 # Where the noise comes from: nowhere (no sampling), a tensor, a seed with rows that start at a multiple of four, any other rows.
 NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
 
+# What the spreads of posterior and prior are.
+LOGVAR, LOGSTD, STD, VAR = (tl.constexpr(i) for i in range(4))
+PARAMETERS = {"logvar": LOGVAR, "logstd": LOGSTD, "std": STD, "var": VAR}
+
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
 
@@ -35,12 +39,12 @@ NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
 def _run(
     inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[tuple[Tensor | None, Tensor | None], Gradients]:
-    """The gradients of mu and logvar end up in `out`, tensors of any strides, where that is given."""
+    """The gradients of mu and the spread end up in `out`, tensors of any strides, where that is given."""
     acc = accumulate_dtype(*inputs[:4])
     if grads is not None and grads[0] is None:
         inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
     if grads is not None and grads[1] is None:
-        inputs, needs = inputs._replace(prior_mu=None, prior_logvar=None, weight=None), (*needs[:2], False, False)
+        inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
     plan = plan_latent(inputs, spec, LatentWanted(needs, grads, out=out), acc)
     plan.launch(inputs.mu.device)
     finish(acc, plan.terms)
@@ -59,13 +63,13 @@ class LatentWanted(NamedTuple):
     needs: Needs
     grads: Gradients | None = None  # upstream, of z and of the terms' sums
     beta: Factor = 1.0  # a factor of the KL's gradients
-    out: tuple[Tensor, Tensor] | None = None  # for the gradients of mu and logvar
+    out: tuple[Tensor, Tensor] | None = None  # for the gradients of mu and the spread
 
 
 def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: torch.dtype, dense: bool = False) -> Plan:
     """Plan a launch that reads and writes tensors as they lie, or copies (`dense`) if they have no common view.
 
-    Noise from a seed is numbered by the logical order of the elements, so it needs a view that keeps it: mu and logvar in
+    Noise from a seed is numbered by the logical order of the elements, so it needs a view that keeps it: a mu and a spread in
     channels_last are copied there.
     """
     *read_from, eps, seed = inputs
@@ -105,7 +109,14 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
         latent_kernel,
         (*view.grid(view.programs), 1 if samples is None else samples, elements),
         LatentArgs(LatentTensors(*view.operands(tensors)), steps, view.cols, terms.parts, seed, *factors),
-        LatentFlags(noise.value, has_terms or grad_kl is not None, terms.sink.value, kl.clamp is not None, view.block(acc)),
+        LatentFlags(
+            noise.value,
+            has_terms or grad_kl is not None,
+            terms.sink.value,
+            kl.clamp is not None,
+            PARAMETERS[kl.parameter].value,
+            view.block(acc),
+        ),
         terms,
         tuple(gradients),
         z=z,
@@ -119,15 +130,15 @@ class LatentTensors(NamedTuple):
     """On the host tensors, for a kernel an `Operand` of each, of mu's shape: of several samples the first (see `SampleSteps`)."""
 
     mu: Any
-    logvar: Any
+    spread: Any
     prior_mu: Any
-    prior_logvar: Any
+    prior_spread: Any
     weight: Any
     grad_kl: Any
     d_mu: Any
-    d_logvar: Any
+    d_spread: Any
     d_prior_mu: Any
-    d_prior_logvar: Any
+    d_prior_spread: Any
     terms: Any
     eps: Any
     grad_z: Any
@@ -159,64 +170,141 @@ class LatentFlags(NamedTuple):
     NOISE: int  # NO_NOISE, GIVEN, ALIGNED, UNALIGNED
     KL: bool  # whether it or its gradient is computed
     TERMS: int  # where its terms go: NOTHING, TOTAL, ROWS, EACH
-    CLAMP: bool  # of logvar
+    CLAMP: bool  # of a logvar
+    PARAMETER: int  # LOGVAR, LOGSTD, STD, VAR
     BLOCK: Block
 
 
 @triton.jit
-def kl_math(mu, logvar, prior_mu, prior_logvar):
-    """The KL and its derivatives: (kl, in mu, in logvar, in prior_logvar). The derivative in prior_mu is minus the one in mu.
+def kl_math(mu, spread, prior_mu, prior_spread, PARAMETER: tl.constexpr):
+    """The KL and its derivatives: (kl, in mu, in spread, in prior_spread). The derivative in prior_mu is minus the one in mu.
 
-    A prior of None is N(0, 1). With v = logvar - prior_logvar: 1/2 [ (mu - prior_mu)^2 / prior_var + (e^v - 1 - v) ].
+    A prior of None is N(0, 1). With v = logvar - prior logvar: 1/2 [ (mu - prior_mu)^2 / prior_var + (e^v - 1 - v) ].
     """
     d = mu
     if prior_mu is not None:
         d = mu - prior_mu
-    v = logvar
+    if (PARAMETER == STD) | (PARAMETER == VAR):
+        square, d_mu, expm1, remainder = _of_ratio(d, spread, prior_spread, PARAMETER)
+    else:
+        square, d_mu, expm1, remainder = _of_logarithms(d, spread, prior_spread, PARAMETER)
+    d_spread = expm1
+    d_prior_spread = -(square + expm1)
+    if PARAMETER == LOGSTD:
+        d_spread, d_prior_spread = 2.0 * d_spread, 2.0 * d_prior_spread
+    elif PARAMETER == STD:
+        d_spread = divide(2.0 * d_spread, spread)
+        if prior_spread is not None:
+            d_prior_spread = divide(2.0 * d_prior_spread, prior_spread)
+    elif PARAMETER == VAR:
+        d_spread = divide(d_spread, spread)
+        if prior_spread is not None:
+            d_prior_spread = divide(d_prior_spread, prior_spread)
+    return square + remainder, d_mu, d_spread, d_prior_spread
+
+
+@triton.jit
+def _of_logarithms(d, spread, prior_spread, PARAMETER: tl.constexpr):
+    """1/2 d^2 / prior_var, d / prior_var, and half of (e^v - 1, e^v - 1 - v)."""
+    v = spread
     d_mu = d
-    if prior_logvar is not None:
-        v = logvar - prior_logvar
-        root = exp(-0.5 * prior_logvar)  # in range where the variance or its inverse is not
+    if PARAMETER == LOGSTD:
+        v = 2.0 * spread
+    if prior_spread is not None:
+        prior = prior_spread
+        root = exp(-prior) if PARAMETER == LOGSTD else exp(-0.5 * prior)  # in range where the variance or its inverse is not
+        if PARAMETER == LOGSTD:
+            prior = 2.0 * prior
+        logvar = v
+        v = logvar - prior
         d_mu = d * root * root
     expm1, remainder = half_expm1_and_remainder(v)
-    if prior_logvar is not None:
+    if prior_spread is not None:
         # Far from the prior the rounding of v moves e**v by many times its own: `low` is what v lost (Knuth's two-sum).
         back = v - logvar
-        low = (logvar - (v - back)) - (prior_logvar + back)
+        low = (logvar - (v - back)) - (prior + back)
         more = (expm1 + 0.5) * low
         finite = tl.abs(more) < float("inf")
         remainder = tl.where(finite, remainder + expm1 * low, remainder)
         expm1 = tl.where(finite, expm1 + more, expm1)
-    square = 0.5 * d * d_mu
-    return square + remainder, d_mu, expm1, -(square + expm1)
+    return 0.5 * d * d_mu, d_mu, expm1, remainder
 
 
 @triton.jit
-def kl_tile(tile, mu, logvar, gain, args, C: tl.constexpr):
-    """The weighted terms of a tile, and the gradients in mu and logvar; those of the prior are stored."""
+def _of_ratio(d, spread, prior_spread, PARAMETER: tl.constexpr):
+    """As `_of_logarithms`, by e^v as a ratio or its square: near the prior the ratio is rounded, where the difference is not."""
+    ratio = spread
+    beyond = spread - 1.0
+    square = 0.5 * d * d
+    d_mu = d
+    if prior_spread is not None:
+        ratio = divide(spread, prior_spread)
+        beyond = tl.where(tl.abs(ratio - 1.0) < 1.0, divide(spread - prior_spread, prior_spread), ratio - 1.0)
+        d_mu = divide(d, prior_spread)
+        square = 0.5 * d * d_mu
+        if PARAMETER == STD:
+            square = 0.5 * d_mu * d_mu
+            d_mu = divide(d_mu, prior_spread)
+    lost = minus_log(ratio, beyond)
+    if PARAMETER == STD:
+        expm1 = beyond + 0.5 * beyond * beyond
+        return square, d_mu, tl.where(ratio < 0.5, 0.5 * ratio * ratio - 0.5, expm1), 0.5 * beyond * beyond + lost
+    else:
+        return square, d_mu, 0.5 * beyond, 0.5 * lost
+
+
+@triton.jit
+def sigma_of(spread, PARAMETER: tl.constexpr):
+    """The standard deviation."""
+    if PARAMETER == LOGVAR:
+        return exp(0.5 * spread)
+    elif PARAMETER == LOGSTD:
+        return exp(spread)
+    elif PARAMETER == STD:
+        return spread
+    else:
+        return sqrt(spread)
+
+
+@triton.jit
+def through_sigma(d_sigma, sigma, PARAMETER: tl.constexpr):
+    """The derivative in the spread, given the one in the standard deviation."""
+    if PARAMETER == LOGVAR:
+        return 0.5 * sigma * d_sigma
+    elif PARAMETER == LOGSTD:
+        return sigma * d_sigma
+    elif PARAMETER == STD:
+        return d_sigma
+    else:
+        return divide(0.5 * d_sigma, sigma)
+
+
+@triton.jit
+def kl_tile(tile, mu, spread, gain, args, C: tl.constexpr):
+    """The weighted terms of a tile, and the gradients in mu and the spread; those of the prior are stored."""
     t = args.tensors
     B: tl.constexpr = C.BLOCK
     prior_mu = None
     if t.prior_mu is not None:
         prior_mu = load(t.prior_mu, tile, B)
-    prior_logvar = None
-    if t.prior_logvar is not None:
-        prior_logvar = load(t.prior_logvar, tile, B)
-    term, d_mu, d_logvar, d_prior_logvar = kl_math(mu, logvar, prior_mu, prior_logvar)
+    prior_spread = None
+    if t.prior_spread is not None:
+        prior_spread = load(t.prior_spread, tile, B)
+    term, d_mu, d_spread, d_prior_spread = kl_math(mu, spread, prior_mu, prior_spread, C.PARAMETER)
     g = gain
     if t.grad_kl is not None:
         g = gain * load(t.grad_kl, tile, B)
-    d_mu, d_logvar, d_prior_logvar = d_mu * g, d_logvar * g, d_prior_logvar * g
+    d_mu, d_spread, d_prior_spread = d_mu * g, d_spread * g, d_prior_spread * g
     present = tile.mask
     if t.weight is not None:
         w = load(t.weight, tile, B)
         present = tile.mask & (w != 0.0)
         term = term * w
-        d_mu, d_logvar = tl.where(present, d_mu * w, 0.0), tl.where(present, d_logvar * w, 0.0)
-        d_prior_logvar = tl.where(present, d_prior_logvar * w, 0.0)
+        d_mu, d_spread = tl.where(present, d_mu * w, 0.0), tl.where(present, d_spread * w, 0.0)
+        d_prior_spread = tl.where(present, d_prior_spread * w, 0.0)
     store(t.d_prior_mu, -d_mu, tile, B)
-    store(t.d_prior_logvar, d_prior_logvar, tile, B)
-    return tl.where(present, term, 0.0), d_mu, d_logvar
+    store(t.d_prior_spread, d_prior_spread, tile, B)
+    return tl.where(present, term, 0.0), d_mu, d_spread
 
 
 @triton.jit
@@ -231,19 +319,19 @@ def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
     for index in range(pid, tiles_of(grid, B), grid.programs):
         tile = tile_at(index, grid, B)
         mu = load(t.mu, tile, B)
-        given = load(t.logvar, tile, B)
-        logvar = given
+        given = load(t.spread, tile, B)
+        spread = given
         if C.CLAMP:
-            logvar = tl.where(given < low, low, tl.where(given > high, high, given))
+            spread = tl.where(given < low, low, tl.where(given > high, high, given))
         d_mu = zeros(B)
-        d_logvar = zeros(B)
+        d_spread = zeros(B)
         if C.KL:
-            term, of_mu, of_logvar = kl_tile(tile, mu, logvar, gain, args, C)
+            term, of_mu, of_spread = kl_tile(tile, mu, spread, gain, args, C)
             d_mu += of_mu
-            d_logvar += of_logvar
+            d_spread += of_spread
             sum_terms = collect(term, sum_terms, t.terms, args.parts, tile, C.TERMS, B)
         if C.NOISE != NO_NOISE:
-            sigma = exp(0.5 * logvar)
+            sigma = sigma_of(spread, C.PARAMETER)
             d_sigma = zeros(B)
             for number in range(samples):
                 sample = core.to_tensor(number).to(tl.int64)
@@ -257,11 +345,11 @@ def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
                     grad_z = load(t.grad_z, tile, B, sample * args.steps.grad_z)
                     d_mu += grad_z
                     d_sigma += grad_z * noise
-            d_logvar += 0.5 * sigma * d_sigma
+            d_spread += through_sigma(d_sigma, sigma, C.PARAMETER)
         if C.CLAMP:
-            d_logvar = tl.where((given < low) | (given > high), 0.0, d_logvar)
+            d_spread = tl.where((given < low) | (given > high), 0.0, d_spread)
         store(t.d_mu, d_mu, tile, B)
-        store(t.d_logvar, d_logvar, tile, B)
+        store(t.d_spread, d_spread, tile, B)
     if C.TERMS == TOTAL:
         tl.store(args.parts + pid, tl.sum(sum_terms))
 

@@ -19,7 +19,7 @@ from fastelbo.dtypes import LOG_2PI, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
-from .math import exp, log, log1p_exp_and_sigmoid
+from .math import divide, exp, log, log1p_exp_and_sigmoid
 from .op import op_of
 from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
@@ -193,15 +193,6 @@ def scaled(x, scale, shift):
         return x * scale + shift  # tl.fma takes a Python float for float32
     else:
         return tl.fma(x, scale, shift)
-
-
-@triton.jit
-def divide(a, b):
-    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    else:
-        return a / b
 
 
 @triton.jit

@@ -141,6 +141,46 @@ def half_expm1_and_remainder(v):
 
 
 @triton.jit
+def minus_log(ratio, beyond):
+    """beyond - log(ratio) for blocks of ratio and beyond = ratio - 1, free of cancellation where beyond is small and exact."""
+    near = (beyond > -0.5) & (beyond < 1.0)
+    w = tl.where(near, beyond, 0.0)
+    # log(1 + w) = 2 atanh(z) with z = w / (2 + w), and w - 2 z = w z.
+    z = divide(w, 2.0 + w)
+    z2 = z * z
+    if w.dtype == tl.float64:
+        tail = polynomial(z2, (  # 1/3 + z^2 / 5 + ..., for |z| < 1/3
+            0.030303030303030304, 0.03225806451612903, 0.034482758620689655, 0.037037037037037035, 0.04, 0.043478260869565216,
+            0.047619047619047616, 0.05263157894736842, 0.058823529411764705, 0.06666666666666667, 0.07692307692307693,
+            0.09090909090909091, 0.1111111111111111, 0.14285714285714285, 0.2, 0.3333333333333333,
+        ))  # fmt: skip
+    else:
+        tail = polynomial(z2, (
+            0.06666666666666667, 0.07692307692307693, 0.09090909090909091, 0.1111111111111111, 0.14285714285714285, 0.2,
+            0.3333333333333333,
+        ))  # fmt: skip
+    return tl.where(near, z * (w - 2.0 * z2 * tail), beyond - log(ratio))
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded: the plain float32 quotient is an approximation on NVIDIA GPUs."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def sqrt(x):
+    """Correctly rounded: the plain float32 root is an approximation on NVIDIA GPUs."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
 def sincos_2pi(bits):
     """(sin, cos) of 2 pi t, float32, for t = (bits + 1/2) / 2**32 and a uint32 block of bits: t is in (0, 1), never on an axis."""
     # The top two bits, rounded to nearest, are the quadrant; the rest, a signed fraction of it, the angle a in units of pi/4.

@@ -107,7 +107,7 @@ DTYPES: dict[str, Sequence[torch.dtype]] = {
 def draw(name: str, shape: Iterable[int], generator: torch.Generator) -> Tensor:
     """Values of a size that the named argument has in practice, in float64."""
     values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    if name in ("std", "var"):
+    if name.removeprefix("prior_") in ("std", "var"):
         return torch.exp(0.5 * values)
     if name == "weight":
         return torch.where(values > 0.8, 0.0, values.abs())
@@ -187,6 +187,13 @@ def slow_nll(
     recon, x, spread = present(weight, recon, x, spread)
     terms = -reference.gaussian_log_prob(x, recon, spread) - (0.0 if full else 0.5 * LOG_2PI)
     return reduced(terms, weight, reduction, batch_dims)
+
+
+def logvar_of(form: str, spread: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The log-variance of a spread; that of what is absent is 0."""
+    if form in ("std", "var"):
+        spread = (spread if weight is None else torch.where(weight == 0, 1.0, spread)).log()
+    return spread * (2 if form in ("logstd", "std") else 1)
 
 
 def slow_kl(
@@ -300,7 +307,8 @@ def accumulated(*tensors: Tensor) -> torch.dtype:
 
 
 # Inputs that may broadcast, so that their gradient is a sum.
-SHARED = ("logvar", "std", "var", "recon_logvar", "prior_mu", "prior_logvar")
+FORMS = ("logvar", "logstd", "std", "var")
+SHARED = (*FORMS, "recon_logvar", "prior_mu", *(f"prior_{form}" for form in FORMS))
 
 
 def upstream_for(outs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
@@ -339,7 +347,7 @@ def check(
         scale = None
         full = t.shape
         if name in SHARED:
-            latent = name.startswith("prior") or (name == "logvar" and "mu" in truth)
+            latent = name.startswith("prior") or (name in FORMS and "mu" in truth)
             full = truth["recon" if not latent else "mu" if "mu" in truth else name].shape
         if t.shape != full:
             share = run(slow, {**own, name: t.detach().expand(full).clone().requires_grad_()}, upstream)[1][name]
@@ -420,6 +428,45 @@ OPS: dict[str, Op] = {
         lambda v, **o: slow_kl(v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], **o),
         (*_ALL, "logvar_clamp"),
     ),
+    **{
+        f"reparameterize_{form}": Op(
+            ("mu", form, "eps"),
+            lambda v, impl, form=form: fastelbo.reparameterize(v["mu"], **{form: v[form]}, eps=v["eps"], impl=impl),
+            lambda v, form=form: slow_sample(v["mu"], logvar_of(form, v[form]), v["eps"]),
+            returns_z=True,
+        )
+        for form in FORMS[1:]
+    },
+    **{
+        f"reparameterize_kl_{form}": Op(
+            ("mu", form, "eps"),
+            lambda v, impl, form=form, **o: fastelbo.reparameterize_kl(v["mu"], **{form: v[form]}, eps=v["eps"], impl=impl, **o),
+            lambda v, form=form, **o: (
+                slow_sample(v["mu"], logvar_of(form, v[form]), v["eps"]),
+                slow_kl(v["mu"], logvar_of(form, v[form], o.get("weight")), **o),
+            ),
+            _ALL,
+            returns_z=True,
+        )
+        for form in FORMS[1:]
+    },
+    **{
+        f"gaussian_kl_prior_{form}": Op(
+            ("mu", form, "prior_mu", f"prior_{form}"),
+            lambda v, impl, form=form, **o: fastelbo.gaussian_kl(
+                v["mu"], **{form: v[form]}, prior_mu=v["prior_mu"], **{f"prior_{form}": v[f"prior_{form}"]}, impl=impl, **o
+            ),
+            lambda v, form=form, **o: slow_kl(
+                v["mu"],
+                logvar_of(form, v[form], o.get("weight")),
+                v["prior_mu"],
+                logvar_of(form, v[f"prior_{form}"], o.get("weight")),
+                **o,
+            ),
+            _ALL,
+        )
+        for form in FORMS[1:]
+    },
     "gaussian_nll": Op(
         ("recon", "x"),
         lambda v, impl, **o: fastelbo.gaussian_nll(v["recon"], v["x"], impl=impl, **o),

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import OPS, PATTERNS, Backend, Op, Values, accumulated, assert_close, broadcast_shape, check, draw, make
+from cases import FORMS, OPS, PATTERNS, Backend, Op, Values, accumulated, assert_close, broadcast_shape, check, draw, make
 
 import fastelbo
 
 
 def variances(op: Op) -> list[str]:
-    """The likelihood's variance among the inputs, which may broadcast; the posterior's logvar may not."""
-    return [n for n in op.names if n in ("std", "var", "recon_logvar") or (n == "logvar" and "mu" not in op.names)]
+    """The likelihood's variance among the inputs, which may broadcast; the posterior's spread may not."""
+    return [n for n in op.names if n == "recon_logvar" or (n in FORMS and "mu" not in op.names)]
 
 
 def some_weight(op: Op, rng: random.Random) -> str | None:

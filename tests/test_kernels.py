@@ -182,7 +182,7 @@ def test_no_gradients_are_written_without_grad_mode(monkeypatch: pytest.MonkeyPa
     nll, latent = (arg for arg in seen[0] if isinstance(arg, (NLLArgs, LatentArgs)))
     tensors = {**nll.tensors._asdict(), **latent.tensors._asdict()}
     given = {name for name, operand in tensors.items() if operand is not None}
-    assert given == {"recon", "x", "mu", "logvar"}
+    assert given == {"recon", "x", "mu", "spread"}
     assert nll.variance_parts is None
 
 

@@ -269,7 +269,7 @@ def test_what_the_cpu_keeps_for_backward(seeded: bool, kl: bool) -> None:
         assert kept is None
         return
     want = [mu, 0.5 * torch.expm1(logvar)] if kl else [None, None]
-    for got, t in zip((*kept.of_kl, kept.spread), (*want, None, None, torch.exp(0.5 * logvar) * eps), strict=True):
+    for got, t in zip((*kept.of_kl, kept.slope), (*want, None, None, torch.exp(0.5 * logvar) * eps), strict=True):
         assert (got is None) == (t is None)
         if t is not None:
             torch.testing.assert_close(got, t)

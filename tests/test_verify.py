@@ -23,6 +23,7 @@ import torch
 from cases import (
     CPU,
     DTYPES,
+    FORMS,
     LAYOUTS,
     OPS,
     PATTERNS,
@@ -93,7 +94,7 @@ def combinations(name: str, count: int) -> list[tuple[str, str, dict[str, Any], 
             options["batch_dims"] = rng.choice([0, 1, view(torch.empty(size)).ndim])
         if "logvar_clamp" in op.options and rng.random() < 0.5:
             options["logvar_clamp"] = (-1.0, 0.75)
-        shared = [n for n in op.names if n in ("std", "var", "recon_logvar") or (n == "logvar" and "mu" not in op.names)]
+        shared = [n for n in op.names if n == "recon_logvar" or (n in FORMS and "mu" not in op.names)]
         shared += [n for n in op.names if n.startswith("prior") and name != "DiagonalGaussian"]
         patterns = {n: rng.choice(PATTERNS) for n in shared}
         if "weight" in op.options and rng.random() < 0.5:
@@ -262,7 +263,7 @@ def test_close_to_the_prior(backend: Backend, monkeypatch: Patch) -> None:
     v = torch.full((2, 8), 1e-4, device=backend.device)
 
     def cancelled(_: Any, inputs: Any, *__: Any) -> Any:
-        return (None, 0.5 * (inputs.logvar.exp() - 1 - inputs.logvar).sum(1)), None
+        return (None, 0.5 * (inputs.spread.exp() - 1 - inputs.spread).sum(1)), None
 
     wrap(monkeypatch, backend, "latent", "forward", cancelled)
     with pytest.raises(NumericsMismatch, match=r"gaussian_kl: kl is off at \(0,\).*2 of 2 elements"), verify():

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import backend, checks, functional
+from .. import backend, checks, latent
 from ..dtypes import accumulate_dtype
 from ..types import Impl
 from .peers import OPS, Op, Values
@@ -50,7 +50,11 @@ INTERPRETED_SHAPES = ((97, 1), (8, 300), (3, 5, 7, 3))  # a launch takes Triton'
 LARGE = (2, 540_001)
 MAX_ELEMENTS = 2**24  # the oracle holds some twenty float64 tensors of that size
 POINTS = 16  # of a profile
-SPREADS = ("logvar", "recon_logvar", "std", "var")
+SPREADS = ("logvar", "recon_logvar", "logstd", "std", "var")
+# Of a log-variance, what it is as each.
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logstd": lambda t: 0.5 * t, "std": lambda t: torch.exp(0.5 * t), "var": torch.exp,
+}  # fmt: skip
 CPU = torch.device("cpu")
 
 # ---- what is compared ------------------------------------------------------------------------------------------------------------
@@ -80,18 +84,18 @@ class Case:
         for name in self.op.args:
             size = self.op.size(name, self.shape)
             v[name] = lo + (hi - lo) * torch.rand(size, **options) if name in SPREADS else torch.randn(size, **options)
-            if name in ("std", "var"):
-                v[name] = torch.exp(v[name] * (0.5 if name == "std" else 1.0))
-            elif name == "mu":
+            if name == "mu":
                 v[name] *= min(1.0, max(abs(lo), abs(hi)))  # near the prior its means are near too
             elif name == "weight":
                 v[name] *= size[1] ** -0.5  # each column of the reconstruction is about as large as x
         if "prior_mu" in v:
             v["mu"] += v["prior_mu"]
-            v["logvar"] += v["prior_logvar"]
+            v[self.op.form] += v[f"prior_{self.op.form}"]
         info = torch.finfo(self.dtype)
         for name, t in v.items():
-            lowest = info.smallest_normal if name in ("std", "var") else info.min
+            form = name.removeprefix("prior_")
+            t = FORMS[form](t) if form in FORMS else t
+            lowest = info.smallest_normal if form in ("std", "var") else info.min
             # z in mu's dtype goes into the products. An infinite one leaves nothing to compare.
             highest = 2 * math.log(info.max / 8) if self.op.is_linear and name == "logvar" and "mu" in v else info.max
             v[name] = t.clamp(lowest, highest).to(self.dtype)
@@ -208,7 +212,7 @@ def run_case(case: Case) -> list[Row]:
     if op.is_linear and "mu" in halves:
         # z in half precision is multiplied, and z's gradient comes back in it. So the truth is of the z that `reparameterize`
         # gives, where z's own error is compared; the formula on widened inputs has that z too, and rounds its gradient.
-        held = {"z": functional.reparameterize(here["mu"], here["logvar"], eps=here["eps"], impl=case.impl)}
+        held = {"z": latent.reparameterize(here["mu"], here["logvar"], eps=here["eps"], impl=case.impl)}
     calls: dict[str, Callable[[Values], list[Tensor]]] = {"fused": functools.partial(op.fused, case.impl), "eager": op.usual}
     if halves:
         calls["widened"] = lambda v: op.usual(v | {name: v[name].float() for name in halves} | held)
@@ -303,11 +307,13 @@ def profile(op: Op, v: Values, result: str, fused: Tensor, eager: Tensor) -> lis
     spreads = [name for name in op.sources(result) if name in SPREADS]
     if len(spreads) != 1:
         return []
-    at = v[spreads[0]].double()
-    if spreads[0] in ("std", "var"):
-        at = torch.log(at) * (2 if spreads == ["std"] else 1)
-    elif "prior_logvar" in v:
-        at = at - v["prior_logvar"].double()
+    (name,) = spreads
+    at = v[name].double()
+    if name in ("std", "var"):
+        at = torch.log(at / v[f"prior_{name}"].double() if f"prior_{name}" in v else at)
+    elif f"prior_{name}" in v:
+        at = at - v[f"prior_{name}"].double()
+    at = 2 * at if name in ("logstd", "std") else at
     if at.numel() != fused.numel():
         return []
     # What is drawn has no order, so that any few thousand elements are a fair sample.

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import specs
 from ..dtypes import LOG_2PI, image
 from ..noise import sample_noise
-from ..reference import present
+from ..reference import logvar_of, present
 from ..specs import DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
 
@@ -72,10 +72,19 @@ def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
 
 def kl_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     """Two that are never negative; e^v - 1 - v by its Taylor series, to the last bit for |v| < 1/2, where it would cancel."""
-    mu, logvar, *prior, weight, _, _ = inputs
-    prior_mu, prior_logvar = (torch.zeros_like(mu) if p is None else p for p in prior)
-    mu, logvar, prior_mu, prior_logvar = present(weight, mu, logvar, prior_mu, prior_logvar)
+    mu, spread, prior_mu, prior_spread, weight, _, _ = inputs
+    prior_mu = torch.zeros_like(mu) if prior_mu is None else prior_mu
+    if prior_spread is None:
+        prior_spread = torch.full_like(mu, 1.0 if spec.parameter in ("std", "var") else 0.0)
+    mu, prior_mu = present(weight, mu, prior_mu)
+    logvar, prior_logvar = (logvar_of(t, spec, weight) for t in (spread, prior_spread))
     v = _clamped(logvar, spec) - prior_logvar
+    if spec.parameter in ("std", "var"):
+        # The slopes of one logarithm of a ratio do not cancel, as those of two would; a difference near the prior is exact.
+        spread, prior_spread = (t if weight is None else torch.where(weight == 0, 1.0, t) for t in (spread, prior_spread))
+        beyond = (spread - prior_spread) / prior_spread
+        v = torch.where(beyond.abs() < 0.5, torch.log1p(beyond.clamp(min=-0.9)), torch.log(spread / prior_spread))
+        v = v if spec.parameter == "var" else 2 * v
     small = v.clamp(-0.5, 0.5)
     series = torch.zeros_like(v)
     for k in range(19, 1, -1):
@@ -87,7 +96,11 @@ def kl_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
 
 def sample_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     assert inputs.eps is not None
-    return [inputs.mu.expand(inputs.eps.shape), torch.exp(0.5 * _clamped(inputs.logvar, spec)) * inputs.eps]
+    if spec.parameter == "std":
+        sigma = inputs.spread
+    else:
+        sigma = torch.exp(0.5 * _clamped(logvar_of(inputs.spread, spec), spec))
+    return [inputs.mu.expand(inputs.eps.shape), sigma * inputs.eps]
 
 
 def layer_terms(inputs: specs.LinearInputs, spec: Likelihood) -> list[Tensor]:
@@ -262,7 +275,7 @@ def _broadcast(inputs: Any) -> Any:
     """With variance, weight and prior in the shape of what they broadcast to, so that each element has terms of its own."""
     if isinstance(inputs, LAYERS):
         return inputs  # where sums are inside the terms anyway
-    names = ("variance", "weight", "prior_mu", "prior_logvar")
+    names = ("variance", "weight", "prior_mu", "prior_logvar", "prior_spread")
     given = {name: t for name, t in inputs._asdict().items() if name in names and t is not None}
     return inputs._replace(**{name: t.expand_as(inputs.mu if "prior" in name else inputs[0]) for name, t in given.items()})
 

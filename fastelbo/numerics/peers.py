@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from .. import drop_in, functional, linear, specs
+from .. import drop_in, functional, latent, linear, specs
 from ..dtypes import LOG_2PI
 from ..reference import reparameterize
 from .oracle import Oracle
@@ -23,6 +23,7 @@ Formulas = dict[str, Callable[..., Tensor]]
 
 FIXED = -2.0  # the log-variance of the ops with a fixed variance
 FLOOR = 1e-6  # of gaussian_nll_loss
+ZERO, ONE = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
 CONSTANTS = ("eps",)  # what gets no gradient
 HIDDEN = 20  # the width of a linear layer's input, which no shape says, except for WEIGHTS
 WEIGHTS = 2**20  # the most elements that a weight has without being larger than x
@@ -39,12 +40,29 @@ def normal(mean: Tensor, logvar: Tensor) -> Normal:
     return Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
 
 
-# The KL, and the likelihood by what its variance is.
+def std_of(form: str, spread: Tensor) -> Tensor:
+    return {"logvar": lambda t: torch.exp(0.5 * t), "logstd": torch.exp, "std": lambda t: t, "var": torch.sqrt}[form](spread)
+
+
+def kl_of_normals(form: str, mu: Tensor, spread: Tensor, prior_mu: Tensor | None = None, prior: Tensor | None = None) -> Tensor:
+    zero, one = torch.zeros_like(mu), torch.ones_like(mu)
+    q, p = (std_of(form, t) if t is not None else one for t in (spread, prior))
+    return kl_divergence(Normal(mu, q, validate_args=False), Normal(zero if prior_mu is None else prior_mu, p, validate_args=False))
+
+
+# The KL by the form of its spreads, and the likelihood by what its variance is.
 USUAL: Formulas = {
     "kl": lambda mu, logvar: -0.5 * (1 + logvar - mu**2 - logvar.exp()),
     "kl/prior": lambda mu, logvar, prior_mu, prior_logvar: (
         0.5 * (prior_logvar - logvar - 1 + (logvar.exp() + (mu - prior_mu) ** 2) / prior_logvar.exp())
     ),
+    "kl/logstd": lambda mu, logstd, prior_mu=0.0, prior=ZERO: (
+        -0.5 + prior - logstd + 0.5 * (logstd.exp() ** 2 + (mu - prior_mu) ** 2) / prior.exp() ** 2
+    ),
+    "kl/std": lambda mu, std, prior_mu=0.0, prior=ONE: (
+        prior.log() - std.log() + 0.5 * (std**2 + (mu - prior_mu) ** 2) / prior**2 - 0.5
+    ),
+    "kl/var": lambda mu, var, prior_mu=0.0, prior=ONE: 0.5 * (prior.log() - var.log() + (var + (mu - prior_mu) ** 2) / prior - 1),
     "fixed": lambda recon, x: 0.5 * (LOG_2PI + FIXED + (x - recon) ** 2 / math.exp(FIXED)),
     "logvar": lambda recon, x, logvar: 0.5 * (LOG_2PI + logvar + (x - recon) ** 2 / logvar.exp()),
     "std": lambda recon, x, std: 0.5 * LOG_2PI + torch.log(std) + 0.5 * ((x - recon) / std) ** 2,
@@ -52,8 +70,9 @@ USUAL: Formulas = {
     "loss": lambda input, target, var: 0.5 * (torch.log(with_floor(var)) + (input - target) ** 2 / with_floor(var)),
 }
 TORCH: Formulas = {
-    "kl": lambda mu, logvar: kl_divergence(normal(mu, logvar), normal(torch.zeros_like(mu), torch.zeros_like(mu))),
-    "kl/prior": lambda mu, logvar, prior_mu, prior_logvar: kl_divergence(normal(mu, logvar), normal(prior_mu, prior_logvar)),
+    "kl": partial(kl_of_normals, "logvar"),
+    "kl/prior": partial(kl_of_normals, "logvar"),
+    **{f"kl/{form}": partial(kl_of_normals, form) for form in ("logstd", "std", "var")},
     "fixed": lambda recon, x: -normal(recon, torch.full_like(recon, FIXED)).log_prob(x),
     "logvar": lambda recon, x, logvar: -normal(recon, logvar).log_prob(x),
     "std": lambda recon, x, std: -Normal(recon, std, validate_args=False).log_prob(x),
@@ -104,6 +123,11 @@ class Op:
         names = ("std", "var", "recon_logvar" if "mu" in self.args else "logvar")
         return next((name for name in names if name in self.args), "fixed")
 
+    @property
+    def form(self) -> str:
+        """The form of the posterior's spread."""
+        return next((form for form in ("logstd", "std", "var") if "mu" in self.args and form in self.args), "logvar")
+
     def size(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which an argument is drawn."""
         batch, elements = shape[0], math.prod(shape[1:])
@@ -120,19 +144,21 @@ class Op:
         options: dict[str, Any] = {} if self.function == "gaussian_nll_loss" else {"impl": impl}  # that has torch's arguments only
         if self.name.endswith("/fixed"):
             options["recon_logvar" if "mu" in self.args else "logvar"] = FIXED
-        home = linear if self.is_linear else drop_in if self.function == "gaussian_nll_loss" else functional
+        homes = {"gaussian_nll_loss": drop_in, "gaussian_kl": latent, "reparameterize": latent, "reparameterize_kl": latent}
+        home = linear if self.is_linear else homes.get(self.function, functional)
         out = getattr(home, self.function)(**v, **options)
         return list(out) if isinstance(out, tuple) else [out]
 
     def written(self, formulas: Formulas, v: Values) -> list[Tensor]:
         def quantity(name: str) -> Tensor:
             if name == "z":
-                return reparameterize(v["mu"], v["logvar"], v["eps"])
+                return v["mu"] + std_of(self.form, v[self.form]) * v["eps"]
             if name == "loss":
                 return quantity("nll") + quantity("kl")
             if name == "kl":
-                args = [v[n] for n in ("mu", "logvar", "prior_mu", "prior_logvar") if n in v]
-                each = formulas["kl" if len(args) == 2 else "kl/prior"](*args)
+                args = [v[n] for n in ("mu", self.form, "prior_mu", f"prior_{self.form}") if n in v]
+                kind = f"kl/{self.form}" if self.form != "logvar" else "kl" if len(args) == 2 else "kl/prior"
+                each = formulas[kind](*args)
             else:
                 recon, x = (decoded(v), v["x"]) if self.is_linear else (v[n] for n in list(self.args)[:2])
                 kind = "loss" if self.function == "gaussian_nll_loss" else self.variance.removeprefix("recon_")
@@ -151,7 +177,7 @@ class Op:
         """Results, and the gradients in what is learned, in float64, each with its size."""
         first = next(iter(v.values()))
         keep, scale = {"sample": (1, 1.0), "batchmean": (0, 1 / len(first)), "mean": (0, 1 / first.numel())}[self.reduction]
-        kl = specs.KL(keep, scale)
+        kl = specs.KL(keep, scale, parameter=self.form)
         nll = specs.Likelihood(keep, scale, self.variance if self.variance in ("std", "var") else "logvar", FIXED)
         record: Any
         op, record, spec = {
@@ -163,7 +189,10 @@ class Op:
             "linear_elbo_loss": ("linear_elbo", specs.LinearElboInputs, specs.LinearElbo(specs.Linear(nll), kl)),
         }.get(self.function, ("latent", specs.LatentInputs, specs.Latent(kl, "kl" in self.results)))
 
-        fields = {name: {"input": "recon", "target": "x", self.variance: "variance"}.get(name, name) for name in v}
+        names = {"input": "recon", "target": "x", self.variance: "variance"}
+        if op == "latent":
+            names = {self.form: "spread", f"prior_{self.form}": "prior_spread"}
+        fields = {name: names.get(name, name) for name in v}
         given = {fields[name]: t for name, t in v.items()}
         oracle = Oracle(op, record(*(given.get(field) for field in record._fields)), spec, z=v.get("z"))
         values, each = oracle.values(), iter(ups)
@@ -181,6 +210,8 @@ OPS = tuple(
         ("reparameterize_kl", "mu:z logvar:z eps:z", "z kl", "sample"),
         ("gaussian_kl/standard", "mu:z logvar:z", "kl", "sample"),
         ("gaussian_kl/prior", "mu:z logvar:z prior_mu:z prior_logvar:z", "kl", "sample"),
+        *((f"reparameterize_kl/{form}", f"mu:z {form}:z eps:z", "z kl", "sample") for form in ("logstd", "std", "var")),
+        *((f"gaussian_kl/{form}", f"mu:z {form}:z prior_mu:z prior_{form}:z", "kl", "sample") for form in ("logstd", "std", "var")),
         ("gaussian_nll/fixed", "recon:x x:x", "nll", "sample"),
         ("gaussian_nll/logvar", "recon:x x:x logvar:x", "nll", "sample"),
         ("gaussian_nll/std", "recon:x x:x std:x", "nll", "sample"),

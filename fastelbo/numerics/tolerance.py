@@ -119,7 +119,7 @@ def rounding_of_operands(op: str, dtypes: Any, spec: Any, seeded: bool) -> dict[
     acc = arithmetic_of(dtypes[: DIFFERENTIABLE[type(dtypes)]])
     z = ARITHMETIC[torch.float32] if seeded and acc == torch.float64 else 0.0
     if op not in ("linear_nll", "linear_elbo"):
-        return {"z": z, "logvar": z}
+        return {"z": z, "spread": z}
     h, linear = (dtypes.h, spec) if op == "linear_nll" else (dtypes.mu, spec.linear)
     if op == "linear_elbo" and h.itemsize == 2:
         z = torch.finfo(h).eps

@@ -185,10 +185,9 @@ class _Checked:
         truths = (ready or Oracle(self.name, inputs, held_to, needs)).gradients(grad_outputs)
         if truths is not None:
             self.context._count("backwards")
-            # What counts for a caller's own memory is what lies there. The variance has the name of the public functions' argument.
+            # What counts for a caller's own memory is what lies there.
             got = (*memory.get("out", gradients[:2]), *gradients[2:])
-            variance = "recon_logvar" if hasattr(inputs, "mu") else getattr(held_to, "likelihood", held_to).parameter
-            names = [f"the gradient of {variance if field == 'variance' else field}" for field in inputs._fields]
+            names = [f"the gradient of {_argument(field, inputs, held_to)}" for field in inputs._fields]
             ups = {f"grad_{name}": up for name, up in zip(OUTPUTS[self.name], grad_outputs, strict=False)}
             given = {**inputs._asdict(), "spec": spec, **ups, "needs": needs}
             self._compare("backward", given, names, got, truths, self.roundings)
@@ -206,6 +205,13 @@ class _Checked:
                 if self.context.on_mismatch == "raise":
                     raise NumericsMismatch(message)
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _argument(field: str, inputs: Any, spec: Any) -> str:
+    """The name that a public function has for a field of the inputs."""
+    if field == "variance":
+        return "recon_logvar" if hasattr(inputs, "mu") else str(getattr(spec, "likelihood", spec).parameter)
+    return field.replace("spread", spec.kl.parameter) if field.endswith("spread") else field
 
 
 def _holds_tensors(kept: Any) -> bool:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 import triton.language.core as core
 
-from ..latent import ALIGNED, GIVEN, NO_NOISE, kl_math
+from ..latent import ALIGNED, GIVEN, LOGVAR, NO_NOISE, kl_math
 from ..launch import INTERPRETED
 from ..math import exp
 from ..philox import normal_rows
@@ -231,7 +231,7 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
             plv = None
             if posterior.prior_logvar is not None:
                 plv = rows_of(posterior.prior_logvar, row, width, HP).to(tl.float32)
-            term, of_mu, of_lv, of_plv = kl_math(m, lv, pm, plv)
+            term, of_mu, of_lv, of_plv = kl_math(m, lv, pm, plv, LOGVAR)
             kl_scale = read(factors.kl_scale, tl.float32)
             if C.TERMS != NOTHING:
                 term = tl.where(live, term, 0.0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import BACKENDS, HAS_GPU, TORCH, TORCH_ON_GPU, TRITON, Backend
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 import fastelbo
 from fastelbo import backend as chooser
@@ -126,6 +127,19 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
         "gaussian_kl", "prior, weight",
         lambda v, m, **o: fastelbo.gaussian_kl(
             v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], weight=v["rows"], reduction="mean", **o
+        ),
+    ),
+    *(
+        (
+            "gaussian_kl", f"{form}, mixed prior",
+            lambda v, m, form=form, **o: fastelbo.gaussian_kl(v["mu"], **{form: v["logvar"].exp()}, prior_logstd=0.3, **o),
+        )
+        for form in ("std", "var")
+    ),
+    (
+        "kl_divergence", "",
+        lambda v, m, **o: fastelbo.kl_divergence(
+            Normal(v["mu"], v["logvar"].exp()), Normal(v["prior_mu"], v["prior_logvar"].exp()), **o
         ),
     ),
     ("gaussian_nll", "", lambda v, m, **o: fastelbo.gaussian_nll(v["recon"], v["x"], **o)),
