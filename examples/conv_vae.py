@@ -39,6 +39,7 @@ import fastelbo
 
 Likelihood = Literal["bernoulli", "gaussian"]
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPOCHS = 20
 BATCH = 64
 LATENTS = 16
@@ -69,7 +70,7 @@ def load(name: str, generator: torch.Generator) -> Images:
         photographs = torch.stack([torch.tensor(image) for image in load_sample_images().images])
         patches = photographs.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (photograph, row, column, channel, y, x)
         images, steps = patches.flatten(0, 2).contiguous(), 255
-    images = images[torch.randperm(len(images), generator=generator)]
+    images = images[torch.randperm(len(images), generator=generator)].to(DEVICE)
     fifth = len(images) // 5
     return Images(name, images[fifth:], images[:fifth], steps)
 
@@ -150,7 +151,7 @@ def train(images: Images, likelihood: Likelihood, epochs: int, seed: int, consol
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = Run(images, ConvVAE(images, likelihood))
+        run = Run(images, ConvVAE(images, likelihood).to(DEVICE))
     generator = torch.Generator().manual_seed(seed)
     # One number against thousands of weights: at their rate it would take the whole training to get where it belongs.
     variance = [] if run.model.recon_logvar is None else [run.model.recon_logvar]
@@ -207,7 +208,7 @@ def picture(runs: list[Run], path: Path) -> None:
         curve.legend(frameon=False)
         curve.spines[["top", "right"]].set_visible(False)
         shown = run.images.held_out[:14]
-        both = torch.stack([shown / run.images.steps, run.model.mean(shown)])
+        both = torch.stack([shown / run.images.steps, run.model.mean(shown)]).cpu()
         framed = F.pad(both, (1, 1, 1, 1), value=1.0)  # (2, image, channel, y, x)
         pixels = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         strip.imshow(pixels.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import fastelbo
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 1500
 BATCH = 128
 LEARNING_RATE = 2e-3
@@ -53,7 +54,7 @@ ACTIVE = 0.05
 def load(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Training and held-out digits: bytes that are 0 or 1."""
     digits = torch.tensor(load_digits().data > 8, dtype=torch.uint8)
-    digits = digits[torch.randperm(len(digits), generator=generator)]
+    digits = digits[torch.randperm(len(digits), generator=generator)].to(DEVICE)
     fifth = len(digits) // 5
     return digits[fifth:], digits[:fifth]
 
@@ -109,9 +110,9 @@ class LadderVAE(nn.Module):
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Digits from the prior: probabilities of their pixels."""
-        z2 = torch.randn(count, UPPER, generator=generator)
+        z2 = torch.randn(count, UPPER, generator=generator).to(DEVICE)
         mu, logvar = self.p_lower(z2).chunk(2, dim=1)
-        z1 = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, generator=generator)
+        z1 = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, generator=generator).to(DEVICE)
         return torch.sigmoid(self.decoder(torch.cat([z1, z2], dim=1)))
 
 
@@ -136,7 +137,7 @@ def train(digits: Tensor, held_out: Tensor, floor: float, steps: int, seed: int,
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = Run(floor, LadderVAE(digits.shape[1]))
+        run = Run(floor, LadderVAE(digits.shape[1]).to(DEVICE))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(run.model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -152,8 +153,8 @@ def train(digits: Tensor, held_out: Tensor, floor: float, steps: int, seed: int,
     with torch.no_grad():
         samples = [run.model(held_out, steps + i) for i in range(SAMPLES_AT_THE_END)]
     run.bound = sum(terms.elbo().item() for terms in samples) / len(samples)
-    run.lower = torch.stack([terms.lower for terms in samples]).mean(0)
-    run.upper = torch.stack([terms.upper for terms in samples]).mean(0)
+    run.lower = torch.stack([terms.lower for terms in samples]).mean(0).cpu()
+    run.upper = torch.stack([terms.upper for terms in samples]).mean(0).cpu()
     run.seconds = time.perf_counter() - started
     return run
 
@@ -194,7 +195,7 @@ def picture(runs: Sequence[Run], plain: float, path: Path, seed: int) -> None:
     for axis in axes.flat[:3]:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    digits = runs[-1].model.sample(40, torch.Generator().manual_seed(seed)).view(4, 10, 8, 8)
+    digits = runs[-1].model.sample(40, torch.Generator().manual_seed(seed)).view(4, 10, 8, 8).cpu()
     framed = nn.functional.pad(digits, (1, 1, 1, 1), value=0.5)
     axes[1, 1].imshow(framed.transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes[1, 1].set_title(f"samples from the prior, free bits {runs[-1].floor:g}")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import fastelbo
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 1500
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -46,7 +47,7 @@ REPEATS = 20  # of each measurement, with other noise
 def load(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Training and held-out digits: bytes that are 0 or 1."""
     digits = torch.tensor(load_digits().data > 8, dtype=torch.uint8)
-    digits = digits[torch.randperm(len(digits), generator=generator)]
+    digits = digits[torch.randperm(len(digits), generator=generator)].to(DEVICE)
     fifth = len(digits) // 5
     return digits[fifth:], digits[:fifth]
 
@@ -96,7 +97,7 @@ def train(digits: Tensor, held_out: Tensor, samples: int, steps: int, seed: int,
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = Run(samples, VAE(digits.shape[1]))
+        run = Run(samples, VAE(digits.shape[1]).to(DEVICE))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(run.model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -207,7 +207,7 @@ def test_conv_vae(
     assert run.images.train.dtype == torch.uint8
     steps = 1 if likelihood == "bernoulli" else {"digits": 16, "patches": 255}[data]
     assert int(run.images.train.max()) == steps
-    pixels = [images.double().numpy() / steps for images in (run.images.train, run.images.held_out)]
+    pixels = [images.cpu().double().numpy() / steps for images in (run.images.train, run.images.held_out)]
     assert run.baseline == pytest.approx(independent_pixels(*pixels, likelihood), rel=1e-4)
     assert run.nats < run.baseline
 
@@ -224,7 +224,7 @@ def test_conv_vae_images() -> None:
     images = conv_vae.load("patches", torch.Generator().manual_seed(3))
     patches = torch.cat([images.train, images.held_out])
     assert len(images.held_out) == len(patches) // 5
-    found = {patch.numpy().tobytes() for patch in patches}
+    found = {patch.numpy().tobytes() for patch in patches.cpu()}
     for photograph in load_sample_images().images:
         for y in range(0, photograph.shape[0] - 15, 16):
             for x in range(0, photograph.shape[1] - 15, 16):
@@ -236,7 +236,7 @@ def test_conv_vae_images() -> None:
 def test_conv_vae_loss(likelihood: str) -> None:
     images = conv_vae.load("digits", torch.Generator().manual_seed(0))
     images = images.black_and_white() if likelihood == "bernoulli" else images
-    model, x = conv_vae.ConvVAE(images, likelihood), images.train[:9]
+    model, x = conv_vae.ConvVAE(images, likelihood).to(conv_vae.DEVICE), images.train[:9]
     mu, logvar = model.posterior(x)
     q = Normal(mu, torch.exp(logvar / 2))
     recon = model.decoder(fastelbo.reparameterize(mu, logvar, seed=1))
@@ -263,7 +263,7 @@ def test_hierarchical_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert plot.read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
 
-    digits, held_out = (x.double().numpy() for x in hierarchical_vae.load(torch.Generator().manual_seed(0)))
+    digits, held_out = (x.cpu().double().numpy() for x in hierarchical_vae.load(torch.Generator().manual_seed(0)))
     plain = independent_pixels(digits, held_out, "bernoulli")
     without, with_free_bits = runs
     for run in runs:
@@ -283,7 +283,7 @@ def test_hierarchical_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 def test_hierarchical_terms() -> None:
     digits, _ = hierarchical_vae.load(torch.Generator().manual_seed(0))
-    model, x = hierarchical_vae.LadderVAE(digits.shape[1]), digits[:9]
+    model, x = hierarchical_vae.LadderVAE(digits.shape[1]).to(digits.device), digits[:9]
     terms = model(x, 4)
     pixels = x.float() - 0.5
     q2 = model.q_upper(pixels).chunk(2, dim=1)
@@ -339,7 +339,7 @@ def test_iwae(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.mark.parametrize("samples", [1, 7])
 def test_importance_weights(samples: int) -> None:
     digits, _ = iwae.load(torch.Generator().manual_seed(0))
-    model, x = iwae.VAE(digits.shape[1]), digits[:9]
+    model, x = iwae.VAE(digits.shape[1]).to(digits.device), digits[:9]
     mu, logvar = model.encoder(x.float() - 0.5).chunk(2, dim=1)
     z = fastelbo.reparameterize(mu, logvar, samples, seed=5)
     weights = (
