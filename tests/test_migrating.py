@@ -63,6 +63,7 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "recon_logvar": (small, IMAGE),
     "prior_recon": (normal, IMAGE),
     "prior_recon_logvar": (small, IMAGE),
+    "recons": (normal, (B, 6, *IMAGE[1:])),
     "perceptual": (unit, (B, 1, 1, 1)),
     "logscale": (small, ()),
     "logsigma": (small, ()),
@@ -71,6 +72,8 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     # vectors of latents
     "mu": (normal, LATENTS),
     "logvar": (small, LATENTS),
+    "prior_code": (normal, LATENTS),
+    "prior_code_logvar": (small, LATENTS),
     "scale": (positive, LATENTS),
     "var": (positive, LATENTS),
     "pseudo_mu": (normal, (5, 7)),
