@@ -1,6 +1,7 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
 from . import schedules
+from .densities import gaussian_log_prob, sample_kl
 from .distributions import DiagonalGaussian
 from .drop_in import gaussian_nll_loss
 from .estimators import effective_beta, sgvb_loss
@@ -31,6 +32,7 @@ __all__ = [
     "elbo_loss",
     "elbo_terms",
     "gaussian_kl",
+    "gaussian_log_prob",
     "gaussian_nll",
     "gaussian_nll_loss",
     "kl_divergence",
@@ -39,6 +41,7 @@ __all__ = [
     "linear_gaussian_nll",
     "reparameterize",
     "reparameterize_kl",
+    "sample_kl",
     "schedules",
     "sgvb_loss",
     "verify",

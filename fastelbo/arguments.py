@@ -112,7 +112,7 @@ def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     assert isinstance(value, Tensor)
     if value.ndim == mu.ndim and value.shape == mu.shape:
         return value
-    return _expanded(value, mu.shape)
+    return expanded(value, mu.shape)
 
 
 def below_samples(x: Any, recon: Any) -> Any:
@@ -120,7 +120,7 @@ def below_samples(x: Any, recon: Any) -> Any:
     are_tensors = isinstance(x, Tensor) and isinstance(recon, Tensor)
     if not are_tensors or x.ndim != recon.ndim - 1 or recon.shape[1:] != x.shape:
         return x
-    return _expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
+    return expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
 
 
 def samples_within(recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -144,10 +144,10 @@ def against_priors(posterior: Sequence[Tensor], *priors: Any) -> Sequence[Tensor
         shape = torch.broadcast_shapes(own, *shapes)
     except RuntimeError:
         return posterior
-    return [_expanded(t, shape) for t in posterior]
+    return [expanded(t, shape) for t in posterior]
 
 
-def _expanded(t: Tensor, shape: Sequence[int]) -> Tensor:
+def expanded(t: Tensor, shape: Sequence[int]) -> Tensor:
     """Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision."""
     return (t.float() if t.dtype.itemsize < 4 else t).expand(shape)
 
@@ -194,28 +194,35 @@ def noise(
 
 def posterior_spread(mu: Tensor, *forms: Any) -> tuple[str, Tensor]:
     """Check mu and its spread, and return the form that is given and the spread."""
-    given = [(form, value) for form, value in zip(FORMS, forms, strict=True) if value is not None]
-    if not given:
+    form, spread = one_form("", *forms)
+    if spread is None:
         checks.tensor("mu", mu)
         raise TypeError("logvar must be a torch.Tensor, got NoneType, and none of logstd, std and var is given")
-    if len(given) > 1:
-        raise ValueError(f"give one of {', '.join(FORMS)}, got {' and '.join(form for form, _ in given)}")
-    ((form, spread),) = given
     checks.pair("mu", mu, form, spread)
     return form, spread
 
 
+def one_form(prefix: str, *forms: Any) -> tuple[str, Any]:
+    """The name and the value of a spread that is given in at most one form; None where it is not."""
+    given = [(prefix + form, plain(value)) for form, value in zip(FORMS, forms, strict=True) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(prefix + form for form in FORMS)}, got {' and '.join(name for name, _ in given)}")
+    return given[0] if given else (f"{prefix}logvar", None)
+
+
 def prior_spread(mu: Tensor, parameter: str, *forms: Any) -> tuple[str, Any]:
     """The name of the prior's spread that is given, and its value in the posterior's form; None where none is."""
-    given = [(form, plain(value)) for form, value in zip(FORMS, forms, strict=True) if value is not None]
-    if not given:
-        return f"prior_{parameter}", None
-    if len(given) > 1:
-        raise ValueError(f"give one form of the prior's spread, got {' and '.join(f'prior_{form}' for form, _ in given)}")
-    ((form, value),) = given
-    name = f"prior_{form}"
+    name, value = one_form("prior_", *forms)
+    if value is None:
+        return name, None
+    form = name.removeprefix("prior_")
     checks.spread(name, form, value, mu.device)
     return name, value if form == parameter else _converted(value, form, parameter, mu)
+
+
+def logvar_of(spread: Tensor, parameter: str, mu: Tensor) -> Tensor:
+    """The log-variance of a spread in any form."""
+    return spread if parameter == "logvar" else _converted(spread, parameter, "logvar", mu)
 
 
 def _converted(value: Any, form: str, to: str, mu: Tensor) -> Tensor:

@@ -136,6 +136,13 @@ def prior(name: str, value: Any, mu: Tensor) -> None:
     broadcast(name, value, "mu", mu.shape)
 
 
+def number(name: str, value: Any) -> None:
+    """A number or None."""
+    given = plain(value)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, NUMBER)):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+
+
 def spread(name: str, form: str, value: Any, device: torch.device) -> None:
     """The spread of a prior, given in one form or another: a number, or a tensor, whose shape is checked beside mu's."""
     if not isinstance(value, NUMBER) or isinstance(value, bool):

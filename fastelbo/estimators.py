@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, checks
+from .densities import gaussian_log_prob
 from .dtypes import plain
 from .functional import observed
 from .latent import reparameterize_kl
-from .tracing import one_node
-from .types import Clamp, Family, Impl, Int, Number, Reduction, Seed, SgvbOptions
+from .tracing import is_transformed, one_node
+from .types import Clamp, Family, Impl, Int, Number, Objective, Reduction, Seed, SgvbOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +51,7 @@ def sgvb_loss(
     mu: Tensor,
     logvar: Tensor,
     *,
+    objective: Objective = "elbo",
     num_samples: Int = 1,
     likelihood: Family = "gaussian",
     recon_logvar: Tensor | Number | None = None,
@@ -73,12 +76,18 @@ def sgvb_loss(
 
     Samples z and computes the KL in one pass, calls the decoder once on all samples, and evaluates the likelihood in another pass.
 
+    With `objective="iwae"` it is the negative importance-weighted bound, -log (1/L) sum_l w_l with w_l = p(x|z_l) p(z_l) / q(z_l|x)
+    (Burda et al. 2016, equation 8): it takes the KL at the samples and not in closed form. "dreg" has its value, and the doubly
+    reparameterised gradient in the posterior (Tucker et al. 2019, equation 8), whose variance does not grow with L.
+
     Args:
         decoder: Maps z of shape `(num_samples * batch, ...)` to recon, or to (recon, recon_logvar), of shape
             `(num_samples * batch, *x.shape[1:])`; a returned recon_logvar may also be anything that broadcasts to that. With
             `likelihood="laplace"` the second is recon_logscale, and with "bernoulli" recon is the logits.
         x: Data, `(batch, ...)`.
         mu, logvar: The posterior, `(batch, ...)`.
+        objective: "elbo", "iwae" or "dreg". A beta multiplies log q(z) - log p(z) in the weights of the last two. "dreg" needs an
+            ordinary backward pass: neither a transform of torch.func nor torch.compile.
         num_samples: L, samples of z per data point.
         recon_logvar, recon_logscale: The spread of the likelihood where the decoder returns none, as in `elbo_loss`.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
@@ -87,7 +96,7 @@ def sgvb_loss(
 
     Returns:
         The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`
-        (loss, nll, kl), the terms without gradient.
+        (loss, nll, kl), the terms without gradient; of "iwae" and "dreg" these are means over the samples, and kl the one at them.
 
     Raises:
         TypeError, ValueError: An argument, or what the decoder returned, has the wrong type, dtype, shape or device.
@@ -113,32 +122,17 @@ def sgvb_loss(
         samples = None  # the same noise as one call of `reparameterize`
     else:
         samples = count
+    decoding = _Decoding(decoder, x, samples, likelihood, (name, "logvar", spread), full, weight, (x_scale, x_shift), impl)
+    noise: dict[str, Any] = {"num_samples": samples, "eps": eps, "seed": seed, "generator": generator, "weight": kl_weight}
+    if objective != "elbo":
+        posterior = mu, logvar, prior_mu, prior_logvar, logvar_clamp
+        terms = _importance_weighted(objective, decoding, posterior, noise, factor, reduction)
+        return (terms[0], terms[1].detach(), terms[2].detach()) if return_terms else terms[0]
     each = arguments.is_per_sample(factor) and reduction != "none"
     z, kl = reparameterize_kl(
-        mu, logvar, prior_mu, prior_logvar, num_samples=samples, eps=eps, seed=seed, generator=generator, logvar_clamp=logvar_clamp,
-        weight=kl_weight, reduction="none" if each else reduction, impl=impl,
-    )  # fmt: skip
-    out = decoder(z if samples is None else z.flatten(0, 1))
-    if isinstance(out, tuple):
-        if likelihood == "bernoulli":
-            raise ValueError(f"decoder(z) must be the logits for likelihood='bernoulli', got a tuple of {len(out)}")
-        if spread is not None:
-            raise ValueError(f"{name} is given, but the decoder returns one too")
-        if len(out) != 2:
-            raise ValueError(f"decoder(z) must be recon or (recon, {name}), got a tuple of {len(out)}")
-        recon, spread = out
-    else:
-        recon = out
-    checks.tensor("decoder(z)", recon, x.device)
-    expected = (count * x.shape[0], *x.shape[1:])
-    if tuple(recon.shape) != expected:
-        raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
-    # Samples become a leading dimension, over which x and the weights are read again and not copied.
-    lead = (count, *x.shape)
-    if isinstance(spread, Tensor) and spread.ndim == recon.ndim and spread.shape[0] == expected[0]:
-        spread = spread.view(count, x.shape[0], *spread.shape[1:])
-    image, both = (x_scale, x_shift), (recon.view(lead), x.expand(lead))
-    nll = _observed(likelihood, both, (name, "logvar", spread), full, weight, reduction, 2, image, impl)
+        mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, reduction="none" if each else reduction, impl=impl, **noise
+    )
+    nll = decoding.nll(z, reduction)
     if reduction == "none":
         nll = nll.mean(0)
     elif reduction == "sum":
@@ -149,6 +143,82 @@ def sgvb_loss(
         weighed, kl = weighed.sum() * scale, kl.sum() * scale
     loss = nll + weighed
     return (loss, nll.detach(), kl.detach()) if return_terms else loss
+
+
+class _Decoding(NamedTuple):
+    """What makes a likelihood of samples."""
+
+    decoder: Decoder
+    x: Tensor
+    samples: int | None  # None: one, without a dimension of its own
+    likelihood: Family
+    spread: tuple[str, str, Any]  # its name, what it holds, and its value
+    full: bool
+    weight: Tensor | None
+    image: tuple[Any, Any]
+    impl: Impl | None
+
+    def nll(self, z: Tensor, reduction: Reduction) -> Tensor:
+        """Of the samples z, each by itself for "none", `(samples, batch)`: decoded at once, and checked."""
+        x, likelihood, count, (name, holds, spread) = self.x, self.likelihood, self.samples or 1, self.spread
+        out = self.decoder(z if self.samples is None else z.flatten(0, 1))
+        if isinstance(out, tuple):
+            if likelihood == "bernoulli":
+                raise ValueError(f"decoder(z) must be the logits for likelihood='bernoulli', got a tuple of {len(out)}")
+            if spread is not None:
+                raise ValueError(f"{name} is given, but the decoder returns one too")
+            if len(out) != 2:
+                raise ValueError(f"decoder(z) must be recon or (recon, {name}), got a tuple of {len(out)}")
+            recon, spread = out
+        else:
+            recon = out
+        checks.tensor("decoder(z)", recon, x.device)
+        expected = (count * x.shape[0], *x.shape[1:])
+        if tuple(recon.shape) != expected:
+            raise ValueError(f"decoder(z) has shape {tuple(recon.shape)}, but (num_samples * batch, *x.shape[1:]) is {expected}")
+        # Samples become a leading dimension, over which x and the weights are read again and not copied.
+        lead = (count, *x.shape)
+        if isinstance(spread, Tensor) and spread.ndim == recon.ndim and spread.shape[0] == expected[0]:
+            spread = spread.view(count, x.shape[0], *spread.shape[1:])
+        both, given = (recon.view(lead), x.expand(lead)), (name, holds, spread)
+        return _observed(likelihood, both, given, self.full, self.weight, reduction, 2, self.image, self.impl)
+
+
+def _importance_weighted(
+    objective: str, decoding: _Decoding, posterior: tuple[Any, ...], noise: dict[str, Any], factor: Any, reduction: Reduction
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The negative bound, and the means over the samples of nll and of log q(z) - log p(z), all reduced.
+
+    With w = p(x, z) / q(z|x) and u_l = w_l / sum of w, the gradient of log mean w is that of sum u_l log w_l for constant u_l. The
+    doubly reparameterised one takes q's parameters in log w for constant, and multiplies what comes through z by u_l once more.
+    """
+    if objective not in ("iwae", "dreg"):
+        raise ValueError(f"objective must be one of 'elbo', 'iwae', 'dreg', got {objective!r}")
+    if reduction == "mean":
+        raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none' for objective={objective!r}, got 'mean'")
+    if objective == "dreg" and (torch.compiler.is_compiling() or is_transformed()):
+        raise ValueError("objective='dreg' needs an ordinary backward pass, and torch.compile and torch.func have none: use 'iwae'")
+    mu, logvar, prior_mu, prior_logvar, clamp = posterior
+    impl = decoding.impl
+    z, _, log_q = reparameterize_kl(mu, logvar, logvar_clamp=clamp, log_prob=True, impl=impl, **noise)
+    at_z: dict[str, Any] = {"weight": noise["weight"], "batch_dims": z.ndim - mu.ndim + 1, "impl": impl}
+    if objective == "dreg":
+        held = logvar.detach() if clamp is None else torch.clamp(logvar.detach(), *checks.clamp(clamp))
+        log_q = gaussian_log_prob(z, mu.detach(), held, **at_z)
+    kl = log_q - gaussian_log_prob(z, prior_mu, prior_logvar, **at_z)
+    kl = kl[None] if decoding.samples is None else kl
+    nll = decoding.nll(z, "none")
+    log_w = -(nll + factor * kl)
+    if objective == "dreg" and z.requires_grad:
+        share = torch.softmax(log_w.detach(), 0).to(z.dtype).view(*z.shape[: z.ndim - mu.ndim + 1], *(1,) * (mu.ndim - 1))
+        z.register_hook(lambda gradient: gradient * share)
+    loss = math.log(decoding.samples or 1) - torch.logsumexp(log_w, 0)
+    terms = loss, nll.mean(0), kl.mean(0)
+    if reduction == "none":
+        return terms
+    scale = arguments.scale_of(reduction, 1, mu.shape)
+    loss, nll, kl = (t.sum() * scale for t in terms)
+    return loss, nll, kl
 
 
 def effective_beta(

@@ -6,33 +6,40 @@ and gets its own gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from . import arguments, autograd, backend
-from .dtypes import plain
+from .dtypes import LOG_2PI, plain
+from .objectives import Objective
 from .specs import KL, Latent, LatentInputs
 from .tracing import one_node
-from .types import Clamp, Impl, Int, Number, Reduction, Seed
+from .types import Clamp, FreeBitsOver, Impl, Int, KLOptions, Number, Reduction, Seed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def reparameterised(
     inputs: LatentInputs, spec: Latent, impl: Impl | None, packed: tuple[Tensor, int] | None = None
-) -> tuple[Any, Any]:
-    """(z or None, kl or None) of checked inputs. `packed` is (moments, dim) where mu and a logvar are the halves of moments."""
+) -> tuple[Any, ...]:
+    """(z or None, kl or None), and the sums of eps^2 if they are wanted, of checked inputs.
+
+    `packed` is (moments, dim) where mu and a logvar are the halves of moments.
+    """
     chosen = backend.choose(impl, inputs.mu.device, not inputs.mu.numel())
     traced = torch.compiler.is_compiling()
     scale = spec.kl.scale
     if traced:
         spec = spec._replace(kl=spec.kl._replace(scale=1.0))
     if packed is None or chosen is None:
-        z, kl = autograd.call(autograd.Latent, chosen, spec, inputs)
+        z, kl, *squares = autograd.call(autograd.Latent, chosen, spec, inputs)
     else:
-        z, kl = autograd.call_packed(chosen, spec, packed[1], packed[0], inputs)
-    return z, kl * scale if traced and spec.want_kl else kl
+        z, kl, *squares = autograd.call_packed(chosen, spec, packed[1], packed[0], inputs)
+    return z, kl * scale if traced and spec.want_kl else kl, *squares
 
 
 @one_node
@@ -76,6 +83,30 @@ def reparameterize(
     return reparameterised(inputs, Latent(KL(parameter=parameter), want_kl=False, num_samples=samples), impl)[0]
 
 
+@overload
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
+    *,
+    log_prob: Literal[False] = False,
+    **options: Unpack[KLOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    prior_mu: Tensor | Number | None = None,
+    prior_logvar: Tensor | Number | None = None,
+    *,
+    log_prob: Literal[True],
+    **options: Unpack[KLOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 @one_node
 def reparameterize_kl(
     mu: Tensor,
@@ -93,19 +124,29 @@ def reparameterize_kl(
     eps: Tensor | None = None,
     seed: Seed | None = None,
     generator: torch.Generator | None = None,
+    log_prob: bool = False,
     logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
+    kl_balance: Number | None = None,
+    free_bits: Number | None = None,
+    free_bits_over: FreeBitsOver = "batch",
+    capacity: Number | None = None,
     reduction: Reduction = "none",
     batch_dims: int = 1,
     impl: Impl | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Sample z and compute KL(N(mu, exp(logvar)) || prior) in one pass over mu and the spread.
 
     The two are those of `reparameterize` and `gaussian_kl`, whose arguments it takes; `logvar_clamp` bounds logvar for both, with
     zero gradient outside. The KL does not depend on `num_samples`.
 
+    Args:
+        log_prob: Return log q(z|x) too, the log density of each sample, summed over all but the batch dimensions: what a prior
+            without a closed form takes in place of the KL. It is made of the noise, -(eps^2 + logvar + log 2 pi) / 2 for each
+            latent, and so does not cancel; its gradient is the one along with z, in the spread alone. For `reduction="none"`.
+
     Returns:
-        (z, kl): z in mu's dtype, kl in nats, both differentiable in mu and the spread, kl in the prior too.
+        (z, kl) or (z, kl, log_q): z in mu's dtype, the others in nats; differentiable in mu and the spread, kl in the prior too.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise or two forms of a
@@ -114,10 +155,43 @@ def reparameterize_kl(
     parameter, spread = arguments.posterior_spread(mu, logvar, logstd, std, var)
     prior = arguments.prior_spread(mu, parameter, prior_logvar, prior_logstd, prior_std, prior_var)
     inputs = arguments.posterior(mu, spread, prior_mu, prior, weight)
-    kl = arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter)
+    objective = Objective(kl_balance, free_bits, free_bits_over, capacity)
+    kl = _kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter, objective)
+    if log_prob and (reduction != "none" or free_bits is not None or not 0 <= plain(batch_dims) < mu.ndim):
+        raise ValueError(
+            "log_prob=True gives values of each sample: it takes reduction='none', fewer batch_dims than mu has dimensions, and no "
+            f"free_bits, got {reduction!r}, {batch_dims} and {free_bits}"
+        )
     samples: int | None = None if num_samples is None else plain(num_samples)
     noise = arguments.noise(mu, samples, eps, seed, generator)  # drawn when nothing is left that could be refused
-    return reparameterised(LatentInputs(*inputs[:5], *noise), Latent(kl, num_samples=samples), impl)
+    spec = Latent(kl, num_samples=samples, want_squares=bool(log_prob))
+    z, value, *squares = reparameterised(LatentInputs(*inputs[:5], *noise), spec, impl)
+    value = objective.of(value, inputs.weight, reduction, batch_dims)
+    return (z, value, _log_prob(squares[0], inputs, kl)) if log_prob else (z, value)
+
+
+def _kl_of(
+    inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any, parameter: str, objective: Objective
+) -> KL:
+    """Check the options of a KL, and return its record: that of each latent where some nats are free."""
+    spec = arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter)
+    if objective == Objective():
+        return spec
+    objective.check(reduction, inputs.weight)
+    if objective.free_bits is not None:
+        spec = spec._replace(keep=inputs.mu.ndim, scale=1.0)
+    return spec._replace(balance=plain(objective.kl_balance))
+
+
+def _log_prob(squares: Tensor, inputs: LatentInputs, spec: KL) -> Tensor:
+    """log q of each sample, by the sums of its squared noise."""
+    logvar = arguments.logvar_of(inputs.spread, spec.parameter, inputs.mu).to(squares.dtype)
+    if spec.clamp is not None:
+        logvar = torch.clamp(logvar, *spec.clamp)
+    each = logvar + LOG_2PI
+    if inputs.weight is not None:
+        each = torch.where(inputs.weight == 0, 0.0, each) * inputs.weight
+    return -0.5 * (squares + each.sum(tuple(range(spec.keep, each.ndim))))
 
 
 @one_node
@@ -135,6 +209,10 @@ def gaussian_kl(
     prior_var: Tensor | Number | None = None,
     logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
+    kl_balance: Number | None = None,
+    free_bits: Number | None = None,
+    free_bits_over: FreeBitsOver = "batch",
+    capacity: Number | None = None,
     reduction: Reduction = "none",
     batch_dims: int = 1,
     impl: Impl | None = None,
@@ -155,6 +233,13 @@ def gaussian_kl(
             None is no bound. Not for another form.
         weight: A bool mask or weights that broadcast to mu; a constant. Where it is 0 the element is absent: a NaN under it reaches
             neither loss nor gradient. A "mean" over nothing, as under a mask that is all False, is NaN.
+        kl_balance: a of a KL between two learned distributions, whose value stays: the prior's gradient is a times its own, and the
+            posterior's 1 - a times (Hafner et al. 2021, DreamerV2, algorithm 2, with a = 0.8).
+        free_bits: Nats that each latent has for free: below them its KL counts as so many, with zero gradient (Kingma et al. 2016,
+            equation 15). Of a latent that a mask leaves out nothing counts.
+        free_bits_over: "batch" compares the mean over the batch of each latent's KL with them, as the paper does, and gives one
+            value, for `reduction="batchmean"`; "sample" compares each KL.
+        capacity: C of |KL - C|, taken of the reduced KL (Burgess et al. 2018, equation 8).
         reduction: "none" sums all but the first `batch_dims` dimensions; "batchmean" is the mean of those sums over the batch;
             "sum" sums everything; "mean" divides by the number of elements, or by the sum of the weights.
         batch_dims: How many leading dimensions are the batch. With "none" and `batch_dims=mu.ndim` nothing is summed.
@@ -170,7 +255,10 @@ def gaussian_kl(
     prior = arguments.prior_spread(mu, parameter, prior_logvar, prior_logstd, prior_std, prior_var)
     mu, spread = arguments.against_priors((mu, spread), prior_mu, prior[1])
     inputs = arguments.posterior(mu, spread, prior_mu, prior, weight)
-    return reparameterised(inputs, Latent(arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter)), impl)[1]
+    objective = Objective(kl_balance, free_bits, free_bits_over, capacity)
+    spec = _kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter, objective)
+    kl = reparameterised(inputs, Latent(spec), impl)[1]
+    return objective.of(kl, inputs.weight, reduction, batch_dims)
 
 
 def kl_divergence(q: Distribution, p: Distribution, *, impl: Impl | None = None) -> Tensor:

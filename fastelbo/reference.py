@@ -139,7 +139,13 @@ def kl(inputs: LatentInputs, spec: KL) -> Tensor:
     mu, prior_mu = present(weight, mu, prior_mu)
     if spec.clamp is not None:
         logvar = torch.clamp(logvar, *spec.clamp)
-    return spec.scale * _reduce(gaussian_kl(mu, logvar, prior_mu, prior_logvar), weight, spec.keep)
+    if spec.balance is None:
+        terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar)
+    else:
+        of_prior = gaussian_kl(mu.detach(), logvar.detach(), prior_mu, prior_logvar)
+        of_posterior = gaussian_kl(mu, logvar, prior_mu.detach(), prior_logvar.detach())
+        terms = spec.balance * of_prior + (1 - spec.balance) * of_posterior
+    return spec.scale * _reduce(terms, weight, spec.keep)
 
 
 def sample(inputs: LatentInputs, spec: KL, num_samples: int | None) -> Tensor | None:
@@ -163,8 +169,17 @@ def likelihood(inputs: NLLInputs, spec: Likelihood) -> tuple[Tensor]:
     return (nll(inputs, spec),)
 
 
-def latent(inputs: LatentInputs, spec: Latent) -> tuple[Tensor | None, Tensor | None]:
-    return sample(inputs, spec.kl, spec.num_samples), kl(inputs, spec.kl) if spec.want_kl else None
+def latent(inputs: LatentInputs, spec: Latent) -> tuple[Tensor | None, ...]:
+    outputs = sample(inputs, spec.kl, spec.num_samples), kl(inputs, spec.kl) if spec.want_kl else None
+    return (*outputs, squares(inputs, spec)) if spec.want_squares else outputs
+
+
+def squares(inputs: LatentInputs, spec: Latent) -> Tensor:
+    """The sums of eps^2 of each sample."""
+    eps = inputs.eps if inputs.seed is None else sample_noise(inputs.mu, inputs.seed, spec.num_samples)
+    assert eps is not None
+    each = eps.to(accumulate_dtype(*inputs[:4])) ** 2
+    return _reduce(each, inputs.weight, spec.kl.keep + (spec.num_samples is not None))
 
 
 def elbo_terms(inputs: ElboInputs, spec: Elbo) -> tuple[Tensor, Tensor]:

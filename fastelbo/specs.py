@@ -54,6 +54,8 @@ class KL(NamedTuple):
     scale: Factor = 1.0
     clamp: tuple[float, float] | None = None  # of a logvar, with gradient 0 outside
     parameter: str = "logvar"  # what the spreads of posterior and prior are: "logvar", "logstd", "std" or "var"
+    # Of the gradients: the prior gets this times its own, and the posterior what is left of 1; None is 1 times for both.
+    balance: float | None = None
 
 
 class Latent(NamedTuple):
@@ -62,6 +64,7 @@ class Latent(NamedTuple):
     kl: KL = KL()  # its clamp and parameter hold for the sample too
     want_kl: bool = True
     num_samples: int | None = None  # None: z has mu's shape; otherwise (num_samples, *mu.shape)
+    want_squares: bool = False  # and the weighted sums of eps^2 that the KL's are, of each sample: a constant
 
 
 class Elbo(NamedTuple):
@@ -176,7 +179,7 @@ class Backend(NamedTuple):
 
     name: str
     likelihood: Op  # NLLInputs, Likelihood -> (nll,)
-    latent: Op  # LatentInputs, Latent -> (z or None, kl or None); its backward takes `out` too
+    latent: Op  # LatentInputs, Latent -> (z or None, kl or None) and the sums of eps^2 if wanted; its backward takes `out` too
     elbo: Op  # ElboInputs, Elbo -> (loss,) or (loss, nll, kl)
     elbo_terms: Op  # ElboInputs, Elbo -> (nll, kl), each with an upstream gradient of its own
     linear_nll: Op  # LinearInputs, Linear -> (nll,)

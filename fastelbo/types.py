@@ -10,12 +10,38 @@ from torch import Generator, Tensor
 Reduction = Literal["none", "batchmean", "sum", "mean"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 Family = Literal["gaussian", "laplace", "bernoulli"]
+Objective = Literal["elbo", "iwae", "dreg"]
+FreeBitsOver = Literal["batch", "sample"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 Int = int | np.integer[Any]
 Number = float | Int | np.floating[Any]
 Seed = Int | Tensor
 Clamp = tuple[Number | None, Number | None]
+
+
+class KLOptions(TypedDict, total=False):
+    """The keywords of `reparameterize_kl`, except the one that decides what it returns."""
+
+    logstd: Tensor | None
+    std: Tensor | None
+    var: Tensor | None
+    prior_logstd: Tensor | Number | None
+    prior_std: Tensor | Number | None
+    prior_var: Tensor | Number | None
+    num_samples: Int | None
+    eps: Tensor | None
+    seed: Seed | None
+    generator: Generator | None
+    logvar_clamp: Clamp | None
+    weight: Tensor | None
+    kl_balance: Number | None
+    free_bits: Number | None
+    free_bits_over: FreeBitsOver
+    capacity: Number | None
+    reduction: Reduction
+    batch_dims: int
+    impl: Impl | None
 
 
 class _LossOptions(TypedDict, total=False):
@@ -49,6 +75,7 @@ class ElboOptions(_LossOptions, total=False):
 class SgvbOptions(ElboOptions, _NoiseOptions, total=False):
     """As `ElboOptions` of `sgvb_loss`."""
 
+    objective: Objective
     num_samples: Int
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
-from .launch import fold, scalar, tile_size, views
+from .launch import Fold, fold, scalar, tile_size, views
 from .math import divide, exp, half_expm1_and_remainder, minus_log, sqrt
 from .op import op_of
 from .philox import normal_rows
-from .reduction import TOTAL, Plan, Sums, collect, finish, sums_of_terms
+from .reduction import ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, load, read, store, tile_at, tiles_of, zeros
 
 # Where the noise comes from: nowhere (no sampling), a tensor, a seed with rows that start at a multiple of four, any other rows.
@@ -38,20 +38,21 @@ PARAMETERS = {"logvar": LOGVAR, "logstd": LOGSTD, "std": STD, "var": VAR}
 
 def _run(
     inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[tuple[Tensor | None, Tensor | None], Gradients]:
+) -> tuple[tuple[Tensor | None, ...], Gradients]:
     """The gradients of mu and the spread end up in `out`, tensors of any strides, where that is given."""
     acc = accumulate_dtype(*inputs[:4])
     if grads is not None and grads[0] is None:
         inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
     if grads is not None and grads[1] is None:
         inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
-    plan = plan_latent(inputs, spec, LatentWanted(needs, grads, out=out), acc)
+    plan = plan_latent(inputs, spec, LatentWanted(needs, grads and grads[:2], out=out), acc)
     plan.launch(inputs.mu.device)
-    finish(acc, plan.terms)
+    finish(acc, plan.terms, plan.squares)
     for buffer, gradient in zip(out or (), plan.gradients, strict=False):
         if gradient is not buffer:
             buffer.copy_(gradient)
-    return (plan.z, plan.terms.result()), plan.gradients
+    outputs = plan.z, plan.terms.result()
+    return (*outputs, plan.squares.out) if spec.want_squares and grads is None else outputs, plan.gradients
 
 
 latent = op_of(_run)
@@ -104,11 +105,13 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
             # A Philox call for each element fills the registers at half the tile.
             view = fold(shape, kl.keep, tensors, True, tile_size(acc) // 2)
     terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else Sums()
+    squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else Sums()
     factors = [scalar(f, acc, inputs.mu.device) for f in (kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)))]
+    factors.append(None if kl.balance is None else scalar(kl.balance, acc, inputs.mu.device))
     return Plan(
         latent_kernel,
         (*view.grid(view.programs), 1 if samples is None else samples, elements),
-        LatentArgs(LatentTensors(*view.operands(tensors)), steps, view.cols, terms.parts, seed, *factors),
+        LatentArgs(LatentTensors(*view.operands(tensors)), steps, view.cols, terms.parts, squares.parts, seed, *factors),
         LatentFlags(
             noise.value,
             has_terms or grad_kl is not None,
@@ -120,7 +123,15 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
         terms,
         tuple(gradients),
         z=z,
+        squares=squares,
     )
+
+
+def _sums_of_squares(view: Fold, kept: torch.Size, samples: int | None, like: Tensor, acc: torch.dtype) -> Sums:
+    """Where the sums of eps^2 go: of each sample, row and chunk one partial sum."""
+    out = torch.empty(kept if samples is None else (samples, *kept), dtype=acc, device=like.device)
+    rows = (samples or 1) * (math.prod(kept) if kept else 1)
+    return partial(ROWS, out, 1, rows, (samples or 1) * view.rows * view.chunks // rows, acc)
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------------------
@@ -158,12 +169,14 @@ class LatentArgs(NamedTuple):
     steps: SampleSteps
     cols: Any
     parts: Any  # of the terms' sums. TOTAL: (programs,). ROWS: (rows, chunks)
+    squares: Any  # of the sums of eps^2: (samples, rows, chunks)
     seed: Any  # ()
     # Numbers, or pointers to one:
     gain: Any  # of every gradient of the KL
     beta: Any  # likewise
     low: Any  # where logvar is clamped
     high: Any
+    balance: Any  # the prior's share of the gradients; None is no such thing
 
 
 class LatentFlags(NamedTuple):
@@ -302,9 +315,27 @@ def kl_tile(tile, mu, spread, gain, args, C: tl.constexpr):
         term = term * w
         d_mu, d_spread = tl.where(present, d_mu * w, 0.0), tl.where(present, d_spread * w, 0.0)
         d_prior_spread = tl.where(present, d_prior_spread * w, 0.0)
-    store(t.d_prior_mu, -d_mu, tile, B)
+    d_prior_mu = -d_mu
+    if args.balance is not None:
+        of_prior = read(args.balance, B.ACC)
+        d_prior_mu, d_prior_spread = of_prior * d_prior_mu, of_prior * d_prior_spread
+        d_mu, d_spread = (1.0 - of_prior) * d_mu, (1.0 - of_prior) * d_spread
+    store(t.d_prior_mu, d_prior_mu, tile, B)
     store(t.d_prior_spread, d_prior_spread, tile, B)
     return tl.where(present, term, 0.0), d_mu, d_spread
+
+
+@triton.jit
+def _store_squares(noise, sample, grid, tile, args, B: tl.constexpr):
+    """The weighted sums of eps^2 of a tile's rows."""
+    present = tile.mask
+    each = noise * noise
+    if args.tensors.weight is not None:
+        w = load(args.tensors.weight, tile, B)
+        present = tile.mask & (w != 0.0)
+        each = each * w
+    at = (sample * grid.rows + tile.rows.to(tl.int64)) * tile.chunks + tile.chunk
+    tl.store(args.squares + at, tl.sum(tl.where(present, each, 0.0), 1), tile.in_rows)
 
 
 @triton.jit
@@ -341,6 +372,8 @@ def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
                     first = sample * elements + tile.rows.to(tl.int64) * grid.cols + tile.first
                     noise = normal_rows(tl.load(args.seed), first, B.BN, C.NOISE == ALIGNED).to(B.ACC)
                 store(t.z, mu + sigma * noise, tile, B, sample * args.steps.z)
+                if args.squares is not None:
+                    _store_squares(noise, sample, grid, tile, args, B)
                 if t.grad_z is not None:
                     grad_z = load(t.grad_z, tile, B, sample * args.steps.grad_z)
                     d_mu += grad_z

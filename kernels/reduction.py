@@ -163,6 +163,7 @@ class Plan(NamedTuple):
     gradients: Gradients
     of_variance: Sums = Sums()  # the gradient of a variance that broadcasts
     z: Tensor | None = None
+    squares: Sums = Sums()  # of the noise
 
     @property
     def programs(self) -> int:

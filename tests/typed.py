@@ -23,6 +23,10 @@ assert_type(fastelbo.reparameterize_kl(mu, logvar, 0.0, logvar_clamp=(-30.0, Non
 assert_type(fastelbo.gaussian_kl(mu, logvar, prior_logvar=np.float32(0.5), batch_dims=2, impl="torch"), Tensor)
 assert_type(fastelbo.gaussian_kl(mu, std=logvar.exp(), prior_std=2.0, reduction="sum"), Tensor)
 assert_type(fastelbo.reparameterize(mu, logstd=logvar), Tensor)
+assert_type(fastelbo.reparameterize_kl(mu, logvar, log_prob=True), tuple[Tensor, Tensor, Tensor])
+assert_type(fastelbo.gaussian_kl(mu, logvar, kl_balance=0.8, free_bits=1, reduction="batchmean", capacity=2.0), Tensor)
+assert_type(fastelbo.gaussian_log_prob(mu, logvar, std=0.5), Tensor)
+assert_type(fastelbo.sample_kl(mu, mu, logvar, prior_std=2, reduction="sum"), Tensor)
 normal = torch.distributions.Normal(mu, logvar.exp())
 assert_type(fastelbo.kl_divergence(normal, normal), Tensor)
 assert_type(fastelbo.gaussian_nll(recon, x, var=0.5, weight=torch.ones(4, 1)), Tensor)
@@ -42,6 +46,7 @@ def decoder(z: Tensor) -> Tensor:
 
 
 fastelbo.sgvb_loss(decoder, x, mu, logvar, num_samples=2, seed=1).backward()
+fastelbo.sgvb_loss(decoder, x, mu, logvar, objective="iwae", num_samples=2).backward()
 assert_type(fastelbo.sgvb_loss(decoder, x, mu, logvar, return_terms=True), tuple[Tensor, Tensor, Tensor])
 assert_type(fastelbo.sgvb_loss(decoder, x, mu, logvar, return_terms=flag), Tensor | tuple[Tensor, Tensor, Tensor])
 fastelbo.linear_elbo_loss(x, mu, logvar, weight, bias, beta=torch.ones(4), precision="ieee").backward()

@@ -43,18 +43,19 @@ class Kept(NamedTuple):
 
 def forward(
     inputs: LatentInputs, spec: Latent, needs: Needs, acc: torch.dtype | None = None
-) -> tuple[tuple[Tensor | None, Tensor | None], Kept | None]:
+) -> tuple[tuple[Tensor | None, ...], Kept | None]:
     """Nothing is kept where the noise comes from a seed: backward makes it again."""
     needs = needs if _keeps(inputs) else (False,) * 4
-    z = slope = kl = None
+    z = slope = kl = noise = None
     of_kl: Gradients = (None,) * 4
     if inputs.eps is not None or inputs.seed is not None:
-        z, slope = sample(inputs, spec, needs[1])
+        z, slope, noise = sample(inputs, spec, needs[1])
     if spec.want_kl:
         acc = acc or accumulate_dtype(*inputs[:4])
         kl, of_kl = kl_pass(inputs, spec.kl, needs, spec.kl.scale, acc)
         kl = widen(kl, acc)
-    return (z, kl), Kept(of_kl, slope) if True in needs else None
+    outputs = (z, kl) if noise is None or not spec.want_squares else (z, kl, _squares(noise, inputs, spec))
+    return outputs, Kept(of_kl, slope) if True in needs else None
 
 
 def backward(
@@ -62,7 +63,7 @@ def backward(
     out: tuple[Tensor, Tensor] | None = None, acc: torch.dtype | None = None,
 ) -> Gradients:  # fmt: skip
     """`out` has memory of any strides for the gradients of mu and the spread."""
-    grad_z, grad_kl = grad_outputs
+    grad_z, grad_kl = grad_outputs[:2]
     acc = acc or accumulate_dtype(*inputs[:4])
     if kept is None and _keeps(inputs):
         kept = forward(inputs, spec, needs, acc)[1]
@@ -99,8 +100,8 @@ def _keeps(inputs: LatentInputs) -> bool:
 _OF_SLOPE = {"logvar": 0.5, "logstd": 1.0, "std": 1.0, "var": 0.5}
 
 
-def sample(inputs: LatentInputs, spec: Latent, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """z in mu's dtype, rounded once, and its slope in the spread but for a constant factor."""
+def sample(inputs: LatentInputs, spec: Latent, want_slope: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """z in mu's dtype, rounded once; its slope in the spread but for a constant factor; and the noise."""
     acc = accumulate_dtype(inputs.mu, inputs.spread)
     mu, spread = widen(inputs.mu, acc), widen(inputs.spread, acc)
     sigma = _sigma(spread, spec.kl)
@@ -108,10 +109,18 @@ def sample(inputs: LatentInputs, spec: Latent, want_slope: bool) -> tuple[Tensor
     noise = widen(noise, acc)
     if not want_slope or spec.kl.parameter in ("std", "var"):
         z = widen(torch.addcmul(mu, sigma, noise), inputs.mu.dtype)
-        return z, None if not want_slope else noise if spec.kl.parameter == "std" else noise / sigma
+        return z, None if not want_slope else noise if spec.kl.parameter == "std" else noise / sigma, noise
     slope = sigma * noise
     z = widen(mu + slope, inputs.mu.dtype)
-    return z, _cut(slope, spread, spec.kl.clamp)
+    return z, _cut(slope, spread, spec.kl.clamp), noise
+
+
+def _squares(noise: Tensor, inputs: LatentInputs, spec: Latent) -> Tensor:
+    acc = accumulate_dtype(*inputs[:4])
+    keep, noise, weight = noise.ndim - inputs.mu.ndim + spec.kl.keep, widen(noise, acc), inputs.weight
+    if weight is None:
+        return widen(w.squares_over(noise, keep), acc)
+    return widen(w.sum_over(w.present(w.against(weight, noise.ndim), noise).square().mul_(weight), keep), acc)
 
 
 def _sigma(spread: Tensor, spec: KL) -> Tensor:
@@ -190,16 +199,17 @@ def _tile(
     expm1, rest = expm1_and_rest(spread, prior_spread, spec.parameter, exact, d_spread)
     half = 1.0 if exact else 0.5  # of the two, where it is not taken yet
     rate = rate if weight is None else weight * rate
-    steep = half * PER_LOG[spec.parameter] * rate
+    of_prior, of_posterior = (rate, rate) if spec.balance is None else (spec.balance * rate, (1 - spec.balance) * rate)
+    per_log = half * PER_LOG[spec.parameter]
     if d_prior_spread is not None:
-        torch.addcmul(expm1, d, p, value=0.5 / half, out=d_prior_spread).mul_(-steep)
+        torch.addcmul(expm1, d, p, value=0.5 / half, out=d_prior_spread).mul_(-per_log * of_prior)
     terms = rest.addcmul_(d, p, value=0.5 / half)
-    if d_mean is not None:
-        torch.mul(p, -rate if d_mu is None else rate, out=d_mean)
-    if d_mu is not None and d_prior_mu is not None:
-        torch.neg(d_mu, out=d_prior_mu)
+    if d_prior_mu is not None:
+        torch.mul(p, -of_prior, out=d_prior_mu)
+    if d_mu is not None:
+        torch.mul(p, of_posterior, out=d_mu)
     if d_spread is not None:
-        _cut(d_spread.mul_(steep), raw, spec.clamp)
+        _cut(d_spread.mul_(per_log * of_posterior), raw, spec.clamp)
     if spec.parameter in RATIOS:
         for slope, divisor in ((d_spread, spread), (d_prior_spread, prior_spread)):
             if slope is not None:

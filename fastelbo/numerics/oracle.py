@@ -31,7 +31,7 @@ from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_op
 
 OUTPUTS = {
     "likelihood": ("nll",),
-    "latent": ("z", "kl"),
+    "latent": ("z", "kl", "squares"),
     "elbo": ("loss", "nll", "kl"),
     "elbo_terms": ("nll", "kl"),
     "linear_nll": ("nll",),
@@ -94,6 +94,18 @@ def kl_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     return terms if weight is None else [t * weight for t in terms]
 
 
+def balanced_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
+    """Those of the KL: with a balance twice, of constant posteriors and of constant priors."""
+    if spec.balance is None:
+        return kl_terms(inputs, spec)
+    posterior, prior = ("mu", "spread"), ("prior_mu", "prior_spread")
+    found = []
+    for share, constant in ((spec.balance, posterior), (1 - spec.balance, prior)):
+        held = {name: getattr(inputs, name).detach() for name in constant if getattr(inputs, name) is not None}
+        found += [share * t for t in kl_terms(inputs._replace(**held), spec)]
+    return found
+
+
 def sample_terms(inputs: specs.LatentInputs, spec: KL) -> list[Tensor]:
     assert inputs.eps is not None
     if spec.parameter == "std":
@@ -151,7 +163,12 @@ def terms_of(op: str, v: Any, sizes: Any, spec: Any, z: Tensor | None) -> list[T
     if op == "latent":
         sample = None if v.eps is None else KL(keep=v.eps.ndim)
         z_terms = sample and _terms(sample, sample_terms(v, spec.kl), sample_terms(sizes, spec.kl))
-        return [z_terms, _terms(spec.kl, kl_terms(v, spec.kl)) if spec.want_kl else None]
+        terms = [z_terms, _terms(spec.kl, balanced_terms(v, spec.kl)) if spec.want_kl else None]
+        if spec.want_squares:
+            keep = v.eps.ndim - v.mu.ndim + spec.kl.keep
+            each = v.eps**2 if v.weight is None else present(v.weight, v.eps)[0] ** 2 * v.weight
+            terms.append([Term(each, each, keep, 1.0)])
+        return terms
     kl = _terms(spec.kl, kl_terms(v.latent, spec.kl))
     if op == "linear_elbo":
         likelihood = spec.linear.likelihood

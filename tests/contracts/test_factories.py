@@ -137,6 +137,29 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
         for form in ("std", "var")
     ),
     (
+        "reparameterize_kl", "log_prob",
+        lambda v, m, **o: fastelbo.reparameterize_kl(v["mu"], v["logvar"], seed=7, num_samples=2, log_prob=True, **o),
+    ),
+    (
+        "gaussian_kl", "free bits, balance, capacity",
+        lambda v, m, **o: fastelbo.gaussian_kl(
+            v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], weight=v["rows"], kl_balance=0.8, free_bits=0.3, capacity=1,
+            reduction="batchmean", **o
+        ),
+    ),
+    ("gaussian_log_prob", "", lambda v, m, **o: fastelbo.gaussian_log_prob(v["mu"], v["prior_mu"], logstd=v["prior_logvar"], **o)),
+    ("sample_kl", "", lambda v, m, **o: fastelbo.sample_kl(v["mu"], 0.5, v["prior_logvar"], prior_std=2.0, **o)),
+    *(
+        (
+            "sgvb_loss", objective,
+            lambda v, m, objective=objective, **o: fastelbo.sgvb_loss(
+                lambda z: (z @ v["decoder"].T).view(-1, 2, 5), v["x"], v["mu"], v["logvar"], objective=objective, num_samples=3,
+                eps=v["eps3"], **o
+            ),
+        )
+        for objective in ("iwae", "dreg")
+    ),
+    (
         "kl_divergence", "",
         lambda v, m, **o: fastelbo.kl_divergence(
             Normal(v["mu"], v["logvar"].exp()), Normal(v["prior_mu"], v["prior_logvar"].exp()), **o
