@@ -21,7 +21,6 @@ bound is not better than independent pixels, or if no more latents are in use wi
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 LOWER, UPPER, HIDDEN = 12, 6, 128
 FREE_BITS = 0.2
+EVERY = 20  # steps, a look at the held-out digits
 SAMPLES_AT_THE_END = 20
 # A latent that is worth less than this holds nothing.
 ACTIVE = 0.05
@@ -78,16 +78,8 @@ class Terms:
     """Of a batch, in nats."""
 
     nll: Tensor  # per digit, the mean over the batch
-    lower: Tensor  # (LOWER,): the KL of each latent of z1, the mean over the batch
-    upper: Tensor  # (UPPER,): the same of z2
-
-    def elbo(self) -> Tensor:
-        return -(self.nll + self.lower.sum() + self.upper.sum())
-
-
-def free_bits(kl: Tensor, floor: float) -> Tensor:
-    """Sum of the KL of each latent, and of the floor where it is larger."""
-    return kl.clamp(min=floor).sum()
+    lower: Tensor  # the KL of z1
+    upper: Tensor  # that of z2
 
 
 class LadderVAE(nn.Module):
@@ -98,15 +90,16 @@ class LadderVAE(nn.Module):
         self.p_lower = perceptron(UPPER, 2 * LOWER)
         self.decoder = perceptron(LOWER + UPPER, pixels)
 
-    def forward(self, x: Tensor, seed: int) -> Terms:
+    def forward(self, x: Tensor, seed: int, **kl: Any) -> Terms:
+        """The KLs as the options `kl` of `reparameterize_kl` have them."""
         pixels = x.float() - 0.5
-        z2, upper = fastelbo.reparameterize_kl(*self.q_upper(pixels).chunk(2, dim=1), seed=2 * seed, batch_dims=2)
+        z2, upper = fastelbo.reparameterize_kl(*self.q_upper(pixels).chunk(2, dim=1), seed=2 * seed, **kl)
         posterior = self.q_lower(torch.cat([pixels, z2], dim=1)).chunk(2, dim=1)
         prior = self.p_lower(z2).chunk(2, dim=1)
-        z1, lower = fastelbo.reparameterize_kl(*posterior, *prior, seed=2 * seed + 1, batch_dims=2)
+        z1, lower = fastelbo.reparameterize_kl(*posterior, *prior, seed=2 * seed + 1, **kl)
         logits = self.decoder(torch.cat([z1, z2], dim=1))
         nll = fastelbo.bernoulli_nll(logits, x, x_scale=1, reduction="batchmean")
-        return Terms(nll, lower.mean(0), upper.mean(0))
+        return Terms(nll, lower, upper)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Digits from the prior: probabilities of their pixels."""
@@ -116,21 +109,40 @@ class LadderVAE(nn.Module):
         return torch.sigmoid(self.decoder(torch.cat([z1, z2], dim=1)))
 
 
-@dataclass
-class Run:
-    floor: float  # nats
-    model: LadderVAE
-    elbos: list[float] = field(default_factory=list)  # of every step's batch
-    uppers: list[float] = field(default_factory=list)  # KL of the upper level at every step
-    bound: float = math.nan  # held-out ELBO per digit
-    lower: Tensor = field(default_factory=lambda: torch.zeros(LOWER))  # KL of each latent, of held-out digits
-    upper: Tensor = field(default_factory=lambda: torch.zeros(UPPER))
-    seconds: float = 0.0
+@dataclass(frozen=True)
+class Measured:
+    """Of held-out digits, in nats."""
+
+    bound: float  # the ELBO, per digit
+    lower: Tensor  # (LOWER,): the KL of each latent of z1, the mean over the digits
+    upper: Tensor  # (UPPER,): the same of z2
 
     @property
     def active(self) -> tuple[int, int]:
         """How many latents of z1 and of z2 are in use."""
         return int((self.lower > ACTIVE).sum()), int((self.upper > ACTIVE).sum())
+
+
+@torch.no_grad()
+def measure(model: LadderVAE, digits: Tensor, seeds: Sequence[int]) -> Measured:
+    """Averaged over the noise of several seeds."""
+    each = [model(digits, seed, batch_dims=2) for seed in seeds]
+    nll = torch.stack([terms.nll for terms in each]).mean()
+    lower = torch.stack([terms.lower.mean(0) for terms in each]).mean(0)
+    upper = torch.stack([terms.upper.mean(0) for terms in each]).mean(0)
+    return Measured(-(nll + lower.sum() + upper.sum()).item(), lower.cpu(), upper.cpu())
+
+
+@dataclass
+class Run:
+    floor: float  # nats
+    model: LadderVAE
+    course: dict[int, Measured] = field(default_factory=dict)  # by the step
+    seconds: float = 0.0
+
+    @property
+    def end(self) -> Measured:
+        return self.course[max(self.course)]
 
 
 def train(digits: Tensor, held_out: Tensor, floor: float, steps: int, seed: int, console: Console | None = None) -> Run:
@@ -142,19 +154,16 @@ def train(digits: Tensor, held_out: Tensor, floor: float, steps: int, seed: int,
     optimizer = torch.optim.Adam(run.model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in track(range(steps), f"free bits {floor:g} per latent", console=console, disable=console is None):
-        terms = run.model(digits[torch.randint(len(digits), (BATCH,), generator=generator)], step)
-        loss = terms.nll + free_bits(terms.lower, floor) + free_bits(terms.upper, floor)
+        if step % EVERY == 0:
+            run.course[step] = measure(run.model, held_out, [step])
+        x = digits[torch.randint(len(digits), (BATCH,), generator=generator)]
+        terms = run.model(x, step, free_bits=floor, reduction="batchmean")
+        loss = terms.nll + terms.lower + terms.upper
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        run.elbos.append(terms.elbo().item())
-        run.uppers.append(terms.upper.sum().item())
-    with torch.no_grad():
-        samples = [run.model(held_out, steps + i) for i in range(SAMPLES_AT_THE_END)]
-    run.bound = sum(terms.elbo().item() for terms in samples) / len(samples)
-    run.lower = torch.stack([terms.lower for terms in samples]).mean(0).cpu()
-    run.upper = torch.stack([terms.upper for terms in samples]).mean(0).cpu()
+    run.course[steps] = measure(run.model, held_out, range(steps, steps + SAMPLES_AT_THE_END))
     run.seconds = time.perf_counter() - started
     return run
 
@@ -167,29 +176,28 @@ def table(runs: Sequence[Run], plain: float) -> Table:
     for heading in ("free bits", "-ELBO", "baseline", "KL z1", "KL z2", "active z1", "active z2", "seconds"):
         made.add_column(heading, justify="right")
     for run in runs:
-        active = [f"{used} of {size}" for used, size in zip(run.active, (LOWER, UPPER), strict=True)]
-        kls = [f"{kl.sum().item():.3f}" for kl in (run.lower, run.upper)]
-        made.add_row(f"{run.floor:g}", f"{-run.bound:.2f}", f"{plain:.2f}", *kls, *active, f"{run.seconds:.1f}")
+        active = [f"{used} of {size}" for used, size in zip(run.end.active, (LOWER, UPPER), strict=True)]
+        kls = [f"{kl.sum().item():.3f}" for kl in (run.end.lower, run.end.upper)]
+        made.add_row(f"{run.floor:g}", f"{-run.end.bound:.2f}", f"{plain:.2f}", *kls, *active, f"{run.seconds:.1f}")
     return made
 
 
 @torch.no_grad()
 def picture(runs: Sequence[Run], plain: float, path: Path, seed: int) -> None:
-    """The bound and the upper level's KL as they train, the KL of each latent, and samples of the last run."""
+    """The held-out bound and latents in use by step, the KL of each latent, and samples of the last run."""
     colours = ("#9a9a9a", "#d1495b")
     figure: Any = Figure(figsize=(11, 6.4), dpi=110, layout="constrained")
     axes = figure.subplots(2, 2)
     for run, colour in zip(runs, colours, strict=True):
         label = f"free bits {run.floor:g}"
-        for axis, values in ((axes[0, 0], run.elbos), (axes[0, 1], run.uppers)):
-            smooth = torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(1)
-            axis.plot(range(len(values) - len(smooth) + 1, len(values) + 1), smooth, color=colour, label=label)
-        latents = torch.cat([run.lower, run.upper])
+        axes[0, 0].plot(list(run.course), [m.bound for m in run.course.values()], color=colour, label=label)
+        axes[0, 1].plot(list(run.course), [sum(m.active) for m in run.course.values()], color=colour, label=label)
+        latents = torch.cat([run.end.lower, run.end.upper])
         offset = -0.2 if run is runs[0] else 0.2
         axes[1, 0].bar([i + offset for i in range(1, len(latents) + 1)], latents.tolist(), width=0.4, color=colour, label=label)
     axes[0, 0].axhline(-plain, color="k", linewidth=0.9, linestyle="--", label="independent pixels")
-    axes[0, 0].set(xlabel="step", ylabel="ELBO, nats per digit", ylim=(1.5 * -plain, None))
-    axes[0, 1].set(xlabel="step", ylabel="KL of z2, nats per digit")
+    axes[0, 0].set(xlabel="step", ylabel="held-out ELBO, nats per digit", ylim=(1.5 * -plain, None))
+    axes[0, 1].set(xlabel="step", ylabel="latents in use")
     axes[1, 0].set(xlabel="latent: z1, then z2", ylabel="held-out KL, nats")
     axes[1, 0].axvline(LOWER + 0.5, color="k", linewidth=0.9, linestyle="--")
     for axis in axes.flat[:3]:
@@ -234,9 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"Picture: {args.plot}.", soft_wrap=True, highlight=False)
     without, with_free_bits = runs
     failed = []
-    if not min(without.bound, with_free_bits.bound) > -plain:
+    if not min(without.end.bound, with_free_bits.end.bound) > -plain:
         failed.append("not better than independent pixels")
-    if not sum(with_free_bits.active) > sum(without.active):
+    if not sum(with_free_bits.end.active) > sum(without.end.active):
         failed.append("free bits keep no more latents in use")
     if failed:
         console.print(f"Failed: {'; '.join(failed)}.", style="bold red")

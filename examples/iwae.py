@@ -61,17 +61,11 @@ class VAE(nn.Module):
     def negative_bound(self, x: Tensor, samples: int, seed: int) -> Tensor:
         """-L_S in nats per digit."""
         mu, logvar = self.encoder(x.float() - 0.5).chunk(2, dim=1)
-        return negative_bound(self.decoder, x, mu, logvar, samples, seed)
-
-
-def negative_bound(decoder: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, samples: int, seed: int) -> Tensor:
-    z = fastelbo.reparameterize(mu, logvar, samples, seed=seed)
-    posterior = fastelbo.DiagonalGaussian(mu, logvar)
-    prior = fastelbo.DiagonalGaussian(torch.zeros_like(mu), torch.zeros_like(mu))
-    logits = decoder(z)
-    nll = fastelbo.bernoulli_nll(logits, x.expand(logits.shape), x_scale=1, batch_dims=2)
-    log_weights = prior.log_prob(z) - posterior.log_prob(z) - nll
-    return (math.log(samples) - log_weights.logsumexp(0)).mean()
+        loss = fastelbo.sgvb_loss(
+            self.decoder, x, mu, logvar, objective="iwae", num_samples=samples, seed=seed, likelihood="bernoulli", x_scale=1
+        )
+        assert isinstance(loss, Tensor)
+        return loss
 
 
 @dataclass

@@ -267,24 +267,25 @@ def test_hierarchical_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     plain = independent_pixels(digits, held_out, "bernoulli")
     without, with_free_bits = runs
     for run in runs:
-        assert np.mean(run.elbos[-20:]) > np.mean(run.elbos[:20])
-        assert run.bound > -plain
-        kl = [run.lower.sum().item(), run.upper.sum().item()]
+        assert run.end.bound > run.course[0].bound
+        assert run.end.bound > -plain
+        kl = [run.end.lower.sum().item(), run.end.upper.sum().item()]
         row = re.search(rf"^ *{run.floor:g} +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +(\d+) of 12 +(\d+) of 6 ", out, re.M)
         assert row is not None
         *numbers, z1, z2 = (float(number) for number in row.groups())
-        assert numbers == pytest.approx([-run.bound, plain, *kl], abs=6e-3)
-        assert (z1, z2) == run.active
+        assert numbers == pytest.approx([-run.end.bound, plain, *kl], abs=6e-3)
+        assert (z1, z2) == run.end.active
     # Every latent is kept at its free bits or above, up to what the batches of the training differ from the held-out digits.
-    assert with_free_bits.active == (12, 6)
-    assert min(with_free_bits.lower.min(), with_free_bits.upper.min()) > 0.75 * 0.2
-    assert sum(without.active) < 18
+    assert with_free_bits.end.active == (12, 6)
+    assert min(with_free_bits.end.lower.min(), with_free_bits.end.upper.min()) > 0.75 * 0.2
+    assert sum(without.end.active) < 18
 
 
 def test_hierarchical_terms() -> None:
     digits, _ = hierarchical_vae.load(torch.Generator().manual_seed(0))
     model, x = hierarchical_vae.LadderVAE(digits.shape[1]).to(digits.device), digits[:9]
-    terms = model(x, 4)
+    terms, raised = model(x, 4, batch_dims=2), model(x, 4, free_bits=0.008, reduction="batchmean")
+    measured = hierarchical_vae.measure(model, x, [4])
     pixels = x.float() - 0.5
     q2 = model.q_upper(pixels).chunk(2, dim=1)
     z2 = fastelbo.reparameterize(*q2, seed=8)
@@ -294,15 +295,19 @@ def test_hierarchical_terms() -> None:
     logits = model.decoder(torch.cat([z1, z2], dim=1))
     nll = F.binary_cross_entropy_with_logits(logits, x.float(), reduction="sum") / len(x)
     torch.testing.assert_close(terms.nll, nll)
-    torch.testing.assert_close(terms.lower, kl_divergence(lower, prior).mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(terms.upper, kl_divergence(upper, Normal(0.0, 1.0)).mean(0), rtol=1e-5, atol=1e-6)
-
-
-def test_free_bits() -> None:
-    kl = torch.tensor([0.1, 0.5, 0.3], requires_grad=True)
-    total = hierarchical_vae.free_bits(kl, 0.2)
-    assert total.item() == pytest.approx(0.2 + 0.5 + 0.3)
-    assert torch.autograd.grad(total, kl)[0].tolist() == [0, 1, 1]
+    kl_lower, kl_upper = kl_divergence(lower, prior), kl_divergence(upper, Normal(0.0, 1.0))
+    for found, raised_to, mean, kl in (
+        (terms.lower, raised.lower, measured.lower, kl_lower),
+        (terms.upper, raised.upper, measured.upper, kl_upper),
+    ):
+        torch.testing.assert_close(found, kl, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean, kl.mean(0).detach().cpu(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(raised_to, kl.mean(0).clamp(min=0.008).sum(), rtol=1e-5, atol=1e-6)
+    below = torch.cat([kl_lower, kl_upper], dim=1).mean(0) < 0.008
+    assert below.any()
+    assert not below.all()
+    elbo = -(nll + kl_lower.sum(1).mean() + kl_upper.sum(1).mean())
+    assert measured.bound == pytest.approx(elbo.item(), rel=1e-5)
 
 
 def test_hierarchical_vae_untrained_is_an_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,8 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "pseudo_mu": (normal, (5, 7)),
     "pseudo_logvar": (small, (5, 7)),
     "z": (normal, LATENTS),
+    "eps": (normal, (6, *LATENTS)),
+    "matrix": (small, (7, 90)),
     # maps of latents
     "z_map": (normal, GROUP),
     "moments": (small, PACKED),
@@ -115,8 +117,8 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "prior_library_mu": (normal, (B, 1)),
     "prior_library_var": (positive, (B, 1)),
 }
-# What no function differentiates: weights and masks.
-CONSTANTS = {"clip_weight", "z_mask"}
+# What no function differentiates: weights, masks and noise.
+CONSTANTS = {"clip_weight", "z_mask", "eps"}
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
