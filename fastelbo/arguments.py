@@ -123,14 +123,25 @@ def below_samples(x: Any, recon: Any) -> Any:
     return expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
 
 
-def samples_within(recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """recon `(samples, batch, ...)` as `(batch, samples, ...)`, and views of what broadcasts to it."""
-    out = [recon.transpose(0, 1), below_samples(x, recon).transpose(0, 1)]
+def samples_within(batch_dims: int, recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """recon `(samples, *batch, ...)` as `(*batch, samples, ...)`, and views of what broadcasts to it."""
+    out = [t.movedim(0, batch_dims) for t in (recon, below_samples(x, recon))]
+    after = recon.ndim - 1 - batch_dims  # dimensions behind the batch
     for t in others:
-        if isinstance(t, Tensor) and t.ndim >= recon.ndim - 1:
-            t = t.unsqueeze(1) if t.ndim == recon.ndim - 1 else t.transpose(0, 1)
+        if isinstance(t, Tensor) and t.ndim > after:
+            t = t.movedim(0, batch_dims) if t.ndim == recon.ndim else t.unsqueeze(t.ndim - after)
         out.append(t)
     return tuple(out)
+
+
+def term_scale(name: str, value: Any, like: Sequence[Tensor | None], device: torch.device) -> Factor:
+    """What a term is multiplied by: a number, or a constant tensor of one value; None is 1."""
+    if value is None:
+        return 1.0
+    scale = factor(name, value, like, device, 1)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} requires grad, but is a constant here: detach it, or multiply the terms of elbo_terms")
+    return scale
 
 
 def against_priors(posterior: Sequence[Tensor], *priors: Any) -> Sequence[Tensor]:

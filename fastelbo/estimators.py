@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import arguments, checks
 from .densities import gaussian_log_prob
-from .dtypes import plain
+from .dtypes import accumulate_dtype, plain
 from .functional import observed
 from .latent import reparameterize_kl
+from .optimal import optimum
 from .tracing import is_transformed, one_node
 from .types import Clamp, Family, Impl, Int, Number, Objective, Reduction, Seed, SgvbOptions
 
@@ -54,7 +55,7 @@ def sgvb_loss(
     objective: Objective = "elbo",
     num_samples: Int = 1,
     likelihood: Family = "gaussian",
-    recon_logvar: Tensor | Number | None = None,
+    recon_logvar: Tensor | Number | Literal["optimal"] | None = None,
     recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
@@ -89,7 +90,8 @@ def sgvb_loss(
         objective: "elbo", "iwae" or "dreg". A beta multiplies log q(z) - log p(z) in the weights of the last two. "dreg" needs an
             ordinary backward pass: neither a transform of torch.func nor torch.compile.
         num_samples: L, samples of z per data point.
-        recon_logvar, recon_logscale: The spread of the likelihood where the decoder returns none, as in `elbo_loss`.
+        recon_logvar, recon_logscale: The spread of the likelihood where the decoder returns none, as in `elbo_loss`. An "optimal"
+            one is that of all samples together.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
         likelihood, prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, x_scale, x_shift, reduction, return_terms,
             impl: As in `elbo_loss`.
@@ -180,8 +182,13 @@ class _Decoding(NamedTuple):
         lead = (count, *x.shape)
         if isinstance(spread, Tensor) and spread.ndim == recon.ndim and spread.shape[0] == expected[0]:
             spread = spread.view(count, x.shape[0], *spread.shape[1:])
-        both, given = (recon.view(lead), x.expand(lead)), (name, holds, spread)
-        return _observed(likelihood, both, given, self.full, self.weight, reduction, 2, self.image, self.impl)
+        both, options = (recon.view(lead), x.expand(lead)), (2, self.image, self.impl)
+        if not (isinstance(spread, str) and spread == "optimal" and likelihood == "gaussian"):
+            return _observed(likelihood, both, (name, holds, spread), self.full, self.weight, reduction, *options)
+        half_squares = _observed(likelihood, both, (name, holds, None), False, self.weight, "none", *options)
+        acc = accumulate_dtype(recon, x)
+        nll = optimum(both[0].shape, 2, self.weight, 1.0, self.full, acc).nll(half_squares)
+        return nll if reduction == "none" else nll.sum() * arguments.scale_of(reduction, 2, both[0].shape, self.weight, both)
 
 
 def _importance_weighted(

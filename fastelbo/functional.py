@@ -6,13 +6,14 @@ is). Half precision is widened before any arithmetic. No input is written to. Gr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, plain
+from .optimal import Optimum, optimum
 from .specs import Backend, Elbo, ElboInputs, Likelihood, NLLInputs
 from .tracing import one_node
 from .types import Clamp, ElboOptions, Family, Impl, Number, Reduction
@@ -103,47 +104,72 @@ def gaussian_nll(
     return observed("gaussian", (recon, x), spread, full, weight, reduction, batch_dims, image, impl)
 
 
-def _elbo(
-    tensors: tuple[Any, ...], family: Family, spreads: tuple[Any, Any], prior: tuple[Any, Any], weights: tuple[Any, Any],
-    reduction: Reduction, full: bool, logvar_clamp: Any, image: tuple[Any, Any],
-) -> tuple[ElboInputs, Elbo]:  # fmt: skip
-    """Check what elbo_loss and elbo_terms share, and return it as records. `spreads` are recon_logvar and recon_logscale."""
-    name, spread = arguments.spread_of(family, *spreads)
-    (recon, x, mu, logvar), (weight, kl_weight) = tensors, weights
+class _Call(NamedTuple):
+    """What elbo_loss and elbo_terms share."""
+
+    tensors: tuple[Any, ...]  # recon, x, mu, logvar
+    family: Family
+    spreads: tuple[Any, Any]  # recon_logvar, recon_logscale
+    prior: tuple[Any, Any]
+    weights: tuple[Any, Any]
+    scales: tuple[Any, Any]  # of nll, of kl
+    image: tuple[Any, Any]
+    full: bool
+    logvar_clamp: Any
+    reduction: Reduction
+    batch_dims: int
+
+
+def _elbo(call: _Call) -> tuple[ElboInputs, Elbo, Optimum | None]:
+    """Check it, and return it as records."""
+    name, spread = arguments.spread_of(call.family, *call.spreads)
+    (recon, x, mu, logvar), (weight, kl_weight), batch_dims = call.tensors, call.weights, plain(call.batch_dims)
+    is_optimal = isinstance(spread, str) and spread == "optimal" and call.family == "gaussian"
     samples = 1
     if arguments.below_samples(x, recon) is not x:
+        checks.kept_dims(call.reduction, batch_dims, recon.ndim - 1)
         samples = recon.shape[0]
-        recon, x, spread, weight = arguments.samples_within(recon, x, spread, weight)
-    is_image = checks.image(x, *image)
+        recon, x, spread, weight = arguments.samples_within(batch_dims, recon, x, spread, weight)
+    is_image = checks.image(x, *call.image)
     checks.pair("recon", recon, "x", x, is_image=is_image)
     checks.pair("mu", mu, "logvar", logvar, recon.device)
     if not recon.ndim or not mu.ndim:
         raise ValueError(f"{'mu' if recon.ndim else 'recon'} must have a batch dimension, got a 0-d tensor")
-    if recon.shape[0] != mu.shape[0]:
-        raise ValueError(
-            f"mu has a batch of {mu.shape[0]}, but recon has {recon.shape[0]}: the first dimension of all inputs is the batch"
-        )
-    variance, _, number = arguments.variance(name, "logvar", spread, recon)
+    keep = checks.kept_dims(call.reduction, batch_dims, min(recon.ndim, mu.ndim))
+    if recon.shape[:batch_dims] != mu.shape[:batch_dims]:
+        (of_mu, of_recon), which = (", ".join(map(str, t.shape[:batch_dims])) for t in (mu, recon)), "the first dimension"
+        which = f"{which} of all inputs is" if batch_dims == 1 else f"the first {batch_dims} dimensions of all inputs are"
+        raise ValueError(f"mu has a batch of {of_mu}, but recon has {of_recon}: {which} the batch")
+    variance, _, number = arguments.variance(name, "logvar", None if is_optimal else spread, recon)
     if weight is not None:
         weight = arguments.weight_of("weight", weight, "recon", recon)
-    latent = arguments.posterior(mu, logvar, prior[0], ("prior_logvar", prior[1]), kl_weight, "kl_weight")
+    latent = arguments.posterior(mu, logvar, call.prior[0], ("prior_logvar", call.prior[1]), kl_weight, "kl_weight")
     inputs = ElboInputs(recon, x, variance, *latent[:4], weight, latent.weight)
-    kl = arguments.kl_of(latent, reduction, 1, logvar_clamp)
-    scale = arguments.scale_of(reduction, 1, recon.shape, weight, inputs[:7])
-    if reduction != "mean":
+    of_nll, of_kl = (
+        arguments.term_scale(which, value, inputs[:7], recon.device)
+        for which, value in zip(("nll_scale", "kl_scale"), call.scales, strict=True)
+    )
+    kl = arguments.kl_of(latent, call.reduction, batch_dims, call.logvar_clamp)
+    scale = arguments.scale_of(call.reduction, batch_dims, recon.shape, weight, inputs[:7])
+    if call.reduction != "mean":
         scale = scale / samples
-    spec = Likelihood(kl.keep, scale, logvar=number, full=bool(full), family=family)
+    spec = Likelihood(keep, scale * of_nll, logvar=number, full=bool(call.full), family=call.family)
     if is_image:
-        spec = arguments.of_image(spec, *image, accumulate_dtype(*inputs[:7]))
-    return inputs, Elbo(spec, kl)
+        spec = arguments.of_image(spec, *call.image, accumulate_dtype(*inputs[:7]))
+    optimal = None
+    if is_optimal:
+        optimal = optimum(recon.shape, keep, weight, spec.scale, spec.full, accumulate_dtype(*inputs[:7]))
+        spec = spec._replace(scale=1.0, full=False)
+    return inputs, Elbo(spec, kl._replace(scale=kl.scale * of_kl)), optimal
 
 
-def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs) -> tuple[Tensor, Tensor]:
+def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs, optimal: Optimum | None) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
-        return autograd.call(autograd.ElboTerms, chosen, spec, inputs)
-    likelihood, kl = spec.likelihood._replace(scale=1.0), spec.kl._replace(scale=1.0)
-    nll, divergence = autograd.call(autograd.ElboTerms, chosen, spec._replace(likelihood=likelihood, kl=kl), inputs)
-    return nll * spec.likelihood.scale, divergence * spec.kl.scale
+        nll, kl = autograd.call(autograd.ElboTerms, chosen, spec, inputs)
+        return nll if optimal is None else optimal.nll(nll), kl
+    unscaled = spec._replace(likelihood=spec.likelihood._replace(scale=1.0), kl=spec.kl._replace(scale=1.0))
+    nll, kl = autograd.call(autograd.ElboTerms, chosen, unscaled, inputs)
+    return nll * spec.likelihood.scale if optimal is None else optimal.nll(nll), kl * spec.kl.scale
 
 
 @one_node
@@ -154,7 +180,7 @@ def elbo_terms(
     logvar: Tensor,
     *,
     likelihood: Family = "gaussian",
-    recon_logvar: Tensor | Number | None = None,
+    recon_logvar: Tensor | Number | Literal["optimal"] | None = None,
     recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
@@ -162,7 +188,10 @@ def elbo_terms(
     logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
+    nll_scale: Tensor | Number | None = None,
+    kl_scale: Tensor | Number | None = None,
     reduction: Reduction = "batchmean",
+    batch_dims: int = 1,
     x_scale: Number | None = None,
     x_shift: Number | None = None,
     impl: Impl | None = None,
@@ -175,10 +204,12 @@ def elbo_terms(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    tensors, spreads, prior = (recon, x, mu, logvar), (recon_logvar, recon_logscale), (prior_mu, prior_logvar)
-    weights, image = (weight, kl_weight), (x_scale, x_shift)
-    inputs, spec = _elbo(tensors, likelihood, spreads, prior, weights, reduction, full, logvar_clamp, image)
-    return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs)
+    call = _Call(
+        (recon, x, mu, logvar), likelihood, (recon_logvar, recon_logscale), (prior_mu, prior_logvar), (weight, kl_weight),
+        (nll_scale, kl_scale), (x_scale, x_shift), full, logvar_clamp, reduction, batch_dims,
+    )  # fmt: skip
+    inputs, spec, optimal = _elbo(call)
+    return _terms(backend.choose(impl, recon.device, not (recon.numel() and mu.numel())), spec, inputs, optimal)
 
 
 @overload
@@ -207,7 +238,7 @@ def elbo_loss(
     logvar: Tensor,
     *,
     likelihood: Family = "gaussian",
-    recon_logvar: Tensor | Number | None = None,
+    recon_logvar: Tensor | Number | Literal["optimal"] | None = None,
     recon_logscale: Tensor | Number | None = None,
     prior_mu: Tensor | Number | None = None,
     prior_logvar: Tensor | Number | None = None,
@@ -216,7 +247,10 @@ def elbo_loss(
     logvar_clamp: Clamp | None = None,
     weight: Tensor | None = None,
     kl_weight: Tensor | None = None,
+    nll_scale: Tensor | Number | None = None,
+    kl_scale: Tensor | Number | None = None,
     reduction: Reduction = "batchmean",
+    batch_dims: int = 1,
     return_terms: bool = False,
     x_scale: Number | None = None,
     x_shift: Number | None = None,
@@ -235,7 +269,9 @@ def elbo_loss(
         logvar: Log-variances of the posterior, of mu's shape.
         likelihood: "gaussian"; "laplace", whose nll is that of `laplace_nll`; or "bernoulli", whose nll is that of `bernoulli_nll`.
         recon_logvar: Log-variance of a Gaussian likelihood: None is unit variance; a number; or a tensor, learned or not, that
-            broadcasts to recon (0-d, per channel, per dimension, per sample, per element).
+            broadcasts to recon (0-d, per channel, per dimension, per sample, per element). "optimal" is the one value that is most
+            likely for the batch, the logarithm of the mean square, with the gradient through it (Rybkin et al. 2021, sigma-VAE,
+            section 3.2); where recon is x throughout it is -inf.
         recon_logscale: Logarithm of the scale of a Laplace likelihood, likewise.
         prior_mu, prior_logvar: The prior: numbers or tensors that broadcast to mu; None is 0. They may be learned.
         beta: Weight of the KL: a number, or a tensor of one value or of one for each sample, `(batch,)`, learned or not. A run-time
@@ -245,9 +281,13 @@ def elbo_loss(
         weight: A bool mask or weights of the likelihood terms, broadcastable to recon; a constant. Where it is 0 the element is
             absent, NaN or not.
         kl_weight: The same of the KL's terms, broadcastable to mu, as for the steps of a sequence.
+        nll_scale, kl_scale: What each term is multiplied by after its reduction: a number or a constant tensor of one value, such
+            as 1 / mask.sum(); None is 1.
         reduction: "batchmean" is the mean over samples of the per-sample loss (the ELBO's own convention); "none" is per sample,
             `(batch,)`; "sum" sums everything; "mean" averages each term over its own elements (or weights), which makes the
             effective beta depend on the sizes: see `effective_beta`.
+        batch_dims: How many leading dimensions of recon and mu are the batch, as of sequences `(batch, steps, ...)`. With more than
+            one, beta is one value.
         return_terms: Return (loss, nll, kl), the two terms reduced likewise, without gradient and without beta, for logging.
         x_scale, x_shift: What a uint8 x counts as, x * x_scale + x_shift, as in `gaussian_nll`.
         impl: None or "auto", "triton", "torch", "reference".
@@ -258,15 +298,18 @@ def elbo_loss(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
-    tensors, spreads, prior = (recon, x, mu, logvar), (recon_logvar, recon_logscale), (prior_mu, prior_logvar)
-    weights, image = (weight, kl_weight), (x_scale, x_shift)
-    inputs, spec = _elbo(tensors, likelihood, spreads, prior, weights, reduction, full, logvar_clamp, image)
-    factor = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0])
+    call = _Call(
+        (recon, x, mu, logvar), likelihood, (recon_logvar, recon_logscale), (prior_mu, prior_logvar), (weight, kl_weight),
+        (nll_scale, kl_scale), (x_scale, x_shift), full, logvar_clamp, reduction, batch_dims,
+    )  # fmt: skip
+    inputs, spec, optimal = _elbo(call)
+    factor = arguments.factor("beta", beta, inputs[:7], recon.device, mu.shape[0] if plain(batch_dims) == 1 else 1)
     chosen = backend.choose(impl, recon.device, not (recon.numel() and mu.numel()))
     # Per-sample losses meet upstream gradients that vary by row, a trace keeps no state, and beta may want a gradient: all these go
     # through the terms.
-    if reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(factor):
-        nll, kl = _terms(chosen, spec._replace(kl=arguments.before_beta(factor, spec.kl)), inputs)
+    by_terms = reduction == "none" or torch.compiler.is_compiling() or not arguments.is_constant(factor)
+    if by_terms or optimal is not None:
+        nll, kl = _terms(chosen, spec._replace(kl=arguments.before_beta(factor, spec.kl)), inputs, optimal)
         weighed, kl = arguments.weighed(factor, kl, spec.kl)
         loss = nll + weighed
         return (loss, nll.detach(), kl.detach()) if return_terms else loss

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
+from . import arguments, checks
+from .dtypes import accumulate_dtype, plain
 from .functional import observed
 from .tracing import one_node
 from .types import Impl, Number, Reduction
@@ -15,6 +20,7 @@ def laplace_nll(
     x: Tensor,
     *,
     logscale: Tensor | Number | None = None,
+    offset: Tensor | None = None,
     full: bool = True,
     weight: Tensor | None = None,
     reduction: Reduction = "none",
@@ -33,18 +39,41 @@ def laplace_nll(
         x: Data, as in `gaussian_nll`.
         logscale: Logarithm of the scale: a number, or a tensor (0-d, per channel, per sample, per element) that broadcasts to
             recon. None is 0.
+        offset: What is added to |recon - x| under the same scale, as latent-diffusion code adds a perceptual distance, so that each
+            element has (|recon - x| + offset) / b + log b + log 2: a tensor that broadcasts to recon, such as `(batch, 1, 1, 1)`.
         full: Include the constant log 2 per element, so that the value is the likelihood's.
         weight, reduction, batch_dims, x_scale, x_shift, impl: As in `gaussian_nll`.
 
     Returns:
-        The negative log-likelihood, differentiable in recon, x and a tensor logscale (whose gradient has its own shape). Where
-        recon is x, the gradient in both is 0.
+        The negative log-likelihood, differentiable in recon, x, offset and a tensor logscale (whose gradient has its own shape).
+        Where recon is x, the gradient in both is 0.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device.
     """
     spread, image = ("logscale", "logvar", logscale), (x_scale, x_shift)
-    return observed("laplace", (recon, x), spread, full, weight, reduction, batch_dims, image, impl)
+    nll = observed("laplace", (recon, x), spread, full, weight, reduction, batch_dims, image, impl)
+    if offset is None:
+        return nll
+    checks.tensor("offset", offset, recon.device)
+    checks.broadcast("offset", offset, "recon", recon.shape)
+    acc, (scale, _, number) = accumulate_dtype(nll, offset), arguments.variance("logscale", "logvar", logscale, recon)
+    inverse = math.exp(-number) if scale is None else torch.exp(-scale.to(acc))
+    each = _present(weight, offset.to(acc)) * inverse
+    keep = plain(batch_dims) if reduction == "none" else 0
+    added = _summed(each if weight is None else _present(weight, each) * weight, recon.shape, keep)
+    return nll + added * arguments.scale_of(reduction, plain(batch_dims), recon.shape, weight, (nll, offset))
+
+
+def _present(weight: Tensor | None, t: Tensor) -> Tensor:
+    return t if weight is None else torch.where(weight == 0, 0.0, t)
+
+
+def _summed(t: Tensor, shape: torch.Size, keep: int) -> Tensor:
+    """The sum of t, broadcast to `shape`, over all but the first `keep` dimensions, computed in t's own shape."""
+    t = t.reshape((1,) * (len(shape) - t.ndim) + t.shape)
+    times = math.prod(n for n, own in zip(shape[keep:], t.shape[keep:], strict=True) if own == 1)
+    return ((t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t) * times).expand(shape[:keep])
 
 
 @one_node

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend, checks
+from . import arguments, backend, checks
 from .drop_in import gaussian_nll_loss
 from .dtypes import plain
 from .functional import elbo_loss
@@ -17,7 +17,7 @@ from .latent import reparameterize
 from .linear import check_layer, linear_elbo_loss
 from .noise import check_seed
 from .tracing import NUMBER
-from .types import Clamp, Impl, Int, Number, Precision, Reduction, Seed
+from .types import Clamp, Family, Impl, Int, Number, Precision, Reduction, Seed
 
 
 def _check_impl(impl: Any) -> None:
@@ -49,24 +49,22 @@ def _checked_beta(beta: Any) -> Tensor | float:
     return beta
 
 
-def _hold_logvar(module: nn.Module, recon_logvar: Any, learned: bool, **factory: Any) -> None:
-    """Make recon_logvar a parameter (None starts at 0), a buffer or a plain attribute of the module."""
-    recon_logvar = plain(recon_logvar)
-    if recon_logvar is not None:
-        checks.variance("recon_logvar", "logvar", recon_logvar, recon_logvar)
-    if isinstance(recon_logvar, nn.Parameter):
-        module.recon_logvar = recon_logvar
+def _hold_spread(module: nn.Module, name: str, value: Any, learned: bool, **factory: Any) -> None:
+    """Make the spread of a likelihood a parameter (None starts at 0), a buffer or a plain attribute of the module."""
+    value = plain(value)
+    if value is not None:
+        checks.variance(name, "logvar", value, value)
+    if isinstance(value, nn.Parameter):
+        setattr(module, name, value)
     elif learned:
-        start = recon_logvar if isinstance(recon_logvar, Tensor) else torch.tensor(float(recon_logvar or 0.0), **factory)
-        module.recon_logvar = nn.Parameter(start.detach().clone())
-    elif isinstance(recon_logvar, Tensor):
-        if recon_logvar.requires_grad:
-            raise ValueError(
-                "recon_logvar requires grad, but no optimizer would see it: make it an nn.Parameter, or set learned=True"
-            )
-        module.register_buffer("recon_logvar", recon_logvar)
+        start = value if isinstance(value, Tensor) else torch.tensor(float(value or 0.0), **factory)
+        setattr(module, name, nn.Parameter(start.detach().clone()))
+    elif isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name} requires grad, but no optimizer would see it: make it an nn.Parameter, or set learned=True")
+        module.register_buffer(name, value)
     else:
-        module.recon_logvar = recon_logvar
+        setattr(module, name, value)
 
 
 def _keep_missing(module: nn.Module, name: str, state_dict: dict[str, Any], prefix: str) -> None:
@@ -127,8 +125,8 @@ class _HoldsBeta(nn.Module):
         return "beta=..." if self.beta.is_meta else f"beta={self.beta:g}"
 
 
-def _shown(recon_logvar: Tensor | Number | None) -> str:
-    return "" if recon_logvar is None else f", recon_logvar={getattr(recon_logvar, 'shape', recon_logvar)}"
+def _shown(name: str, spread: Tensor | Number | str | None) -> str:
+    return "" if spread is None else f", {name}={getattr(spread, 'shape', spread)}"
 
 
 def _scattered(seed: int) -> int:
@@ -235,22 +233,27 @@ class ELBOLoss(_HoldsBeta):
             module, in float32 (float64 if the tensor or torch's default dtype is) even where the module is in half precision.
             `loss.beta = ...` writes a number or such a tensor to it: nothing compiles again, and a captured CUDA graph of a module
             on the GPU sees it.
-        recon_logvar: None (unit variance), a number, or a tensor that broadcasts to recon. An `nn.Parameter` is shared, so that an
-            optimizer of this module trains it.
-        learned: Make a parameter that starts at recon_logvar; None starts at 0.
+        likelihood: As in `fastelbo.elbo_loss`.
+        recon_logvar, recon_logscale: The spread of a Gaussian or a Laplace likelihood: None (0), a number, or a tensor that
+            broadcasts to recon. An `nn.Parameter` is shared, so that an optimizer of this module trains it. A Gaussian's may be
+            "optimal".
+        learned: Make a parameter of it that starts there; None starts at 0.
         full, logvar_clamp, x_scale, x_shift, reduction, return_terms, impl: As in `fastelbo.elbo_loss`.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type or value.
     """
 
-    recon_logvar: Tensor | Number | None
+    recon_logvar: Tensor | Number | Literal["optimal"] | None
+    recon_logscale: Tensor | Number | None
 
     def __init__(
         self,
         beta: Tensor | Number = 1.0,
         *,
-        recon_logvar: Tensor | Number | None = None,
+        likelihood: Family = "gaussian",
+        recon_logvar: Tensor | Number | Literal["optimal"] | None = None,
+        recon_logscale: Tensor | Number | None = None,
         learned: bool = False,
         full: bool = True,
         logvar_clamp: Clamp | None = None,
@@ -270,7 +273,15 @@ class ELBOLoss(_HoldsBeta):
         self._hold_beta(beta)
         self.full, self.logvar_clamp, self.reduction = full, logvar_clamp, reduction
         self.return_terms, self.impl = return_terms, impl
-        _hold_logvar(self, recon_logvar, learned)
+        name, spread = arguments.spread_of(likelihood, recon_logvar, recon_logscale)
+        if learned and (likelihood == "bernoulli" or isinstance(spread, str)):
+            raise ValueError(f"learned=True, but likelihood={likelihood!r} has no {name} to learn, got {spread!r}")
+        self.likelihood: Family = likelihood
+        setattr(self, "recon_logvar" if name == "recon_logscale" else "recon_logscale", None)
+        if isinstance(spread, str) and spread == "optimal":
+            self.recon_logvar = "optimal"
+        else:
+            _hold_spread(self, name, spread, learned)
 
     def forward(
         self,
@@ -281,6 +292,7 @@ class ELBOLoss(_HoldsBeta):
         *,
         beta: Tensor | Number | None = None,
         recon_logvar: Tensor | Number | None = None,
+        recon_logscale: Tensor | Number | None = None,
         prior_mu: Tensor | Number | None = None,
         prior_logvar: Tensor | Number | None = None,
         weight: Tensor | None = None,
@@ -288,12 +300,15 @@ class ELBOLoss(_HoldsBeta):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss. `beta`, if given, takes the place of the module's for this call, and may be learned or one for each sample.
 
-        A decoder's own `recon_logvar` takes the place of the module's, which must then be None.
+        A decoder's own `recon_logvar` or `recon_logscale` takes the place of the module's, which must then be None.
         """
-        if recon_logvar is not None and self.recon_logvar is not None:
-            raise ValueError("recon_logvar is given, but this ELBOLoss holds one: build it with recon_logvar=None")
+        for name, given in (("recon_logvar", recon_logvar), ("recon_logscale", recon_logscale)):
+            if given is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, but this ELBOLoss holds one: build it with {name}=None")
         return elbo_loss(
-            recon, x, mu, logvar, recon_logvar=self.recon_logvar if recon_logvar is None else recon_logvar, prior_mu=prior_mu,
+            recon, x, mu, logvar, likelihood=self.likelihood,
+            recon_logvar=self.recon_logvar if recon_logvar is None else recon_logvar,
+            recon_logscale=self.recon_logscale if recon_logscale is None else recon_logscale, prior_mu=prior_mu,
             prior_logvar=prior_logvar, beta=self.beta if beta is None else beta, full=self.full,
             logvar_clamp=self.logvar_clamp, weight=weight, kl_weight=kl_weight, x_scale=self.x_scale, x_shift=self.x_shift,
             reduction=self.reduction, return_terms=self.return_terms, impl=self.impl,
@@ -301,7 +316,9 @@ class ELBOLoss(_HoldsBeta):
 
     def extra_repr(self) -> str:
         image = "" if self.x_scale is None else f", x_scale={self.x_scale:g}, x_shift={self.x_shift or 0:g}"
-        return f"{self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}{image}"
+        family = "" if self.likelihood == "gaussian" else f", likelihood={self.likelihood!r}"
+        spreads = _shown("recon_logvar", self.recon_logvar) + _shown("recon_logscale", self.recon_logscale)
+        return f"{self._shown_beta()}, reduction={self.reduction!r}{family}{spreads}{image}"
 
 
 class LinearELBO(_HoldsBeta, nn.Linear):
@@ -344,7 +361,7 @@ class LinearELBO(_HoldsBeta, nn.Linear):
         self._hold_beta(beta, device, dtype)
         self.num_samples, self.full, self.reduction = _checked_samples(num_samples), full, reduction
         self.return_terms, self.precision, self.impl = return_terms, precision, impl
-        _hold_logvar(self, recon_logvar, learned, device=device, dtype=dtype)
+        _hold_spread(self, "recon_logvar", recon_logvar, learned, device=device, dtype=dtype)
         # As for an empty batch. Shapes are known here, while devices may still change.
         x, of_layer, spread = (
             t.to("meta") if isinstance(t, Tensor) else t
@@ -381,4 +398,6 @@ class LinearELBO(_HoldsBeta, nn.Linear):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self._shown_beta()}, reduction={self.reduction!r}{_shown(self.recon_logvar)}"
+        return (
+            f"{super().extra_repr()}, {self._shown_beta()}, reduction={self.reduction!r}{_shown('recon_logvar', self.recon_logvar)}"
+        )

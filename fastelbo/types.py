@@ -45,7 +45,6 @@ class KLOptions(TypedDict, total=False):
 
 
 class _LossOptions(TypedDict, total=False):
-    recon_logvar: Tensor | Number | None
     prior_mu: Tensor | Number | None
     prior_logvar: Tensor | Number | None
     beta: Tensor | Number
@@ -60,10 +59,9 @@ class _NoiseOptions(TypedDict, total=False):
     generator: Generator | None
 
 
-class ElboOptions(_LossOptions, total=False):
-    """The keywords of `elbo_loss`, except the one that decides what it returns."""
-
+class _DecodedOptions(_LossOptions, total=False):
     likelihood: Family
+    recon_logvar: Tensor | Number | Literal["optimal"] | None
     recon_logscale: Tensor | Number | None
     logvar_clamp: Clamp | None
     weight: Tensor | None
@@ -72,7 +70,15 @@ class ElboOptions(_LossOptions, total=False):
     x_shift: Number | None
 
 
-class SgvbOptions(ElboOptions, _NoiseOptions, total=False):
+class ElboOptions(_DecodedOptions, total=False):
+    """The keywords of `elbo_loss`, except the one that decides what it returns."""
+
+    nll_scale: Tensor | Number | None
+    kl_scale: Tensor | Number | None
+    batch_dims: int
+
+
+class SgvbOptions(_DecodedOptions, _NoiseOptions, total=False):
     """As `ElboOptions` of `sgvb_loss`."""
 
     objective: Objective
@@ -82,5 +88,6 @@ class SgvbOptions(ElboOptions, _NoiseOptions, total=False):
 class LinearElboOptions(_LossOptions, _NoiseOptions, total=False):
     """As `ElboOptions` of `linear_elbo_loss`."""
 
+    recon_logvar: Tensor | Number | None
     num_samples: Int | None
     precision: Precision | None

@@ -1,0 +1,42 @@
+"""The Gaussian likelihood at the variance that maximises it over the batch: arithmetic on sums of squares, which autograd sees."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dtypes import LOG_2PI
+from .specs import Factor
+
+
+class Optimum(NamedTuple):
+    """What makes an nll of sums of weighted squares: Rybkin, Daniilidis & Levine 2021 (sigma-VAE), section 3.2.
+
+    With row sums S_i of w d^2 and W_i of w, and sigma^2 = sum S / sum W, a row's nll is 1/2 [ S_i / sigma^2 + W_i (log sigma^2 +
+    log 2 pi) ].
+    """
+
+    total: Factor  # sum W
+    of_rows: Factor  # W, of each row that is kept, or of all
+    constant: float  # log 2 pi, or 0
+    scale: Factor
+
+    def nll(self, half_squares: Tensor) -> Tensor:
+        """Of half the sums of squares, of each row or of all: differentiable through sigma^2 too."""
+        variance = 2.0 * half_squares.sum() / self.total
+        return (half_squares / variance + (0.5 * self.of_rows) * (torch.log(variance) + self.constant)) * self.scale
+
+
+def optimum(shape: torch.Size, keep: int, weight: Tensor | None, scale: Factor, full: bool, acc: torch.dtype) -> Optimum:
+    """For residuals of that shape, whose sums keep the first `keep` dimensions, and a weight that broadcasts to them."""
+    constant = LOG_2PI if full else 0.0
+    if weight is None:
+        return Optimum(math.prod(shape), math.prod(shape[keep:]), constant, scale)
+    w = weight.reshape((1,) * (len(shape) - weight.ndim) + weight.shape).to(acc)
+    # Where it broadcasts, a sum of the weights themselves times how often each counts.
+    times = math.prod(n for n, own in zip(shape[keep:], w.shape[keep:], strict=True) if own == 1)
+    rows = (w.sum(tuple(range(keep, w.ndim))) if keep < w.ndim else w) * times
+    return Optimum(rows.expand(shape[:keep]).sum(), rows, constant, scale)
