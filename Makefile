@@ -44,9 +44,12 @@ setup: $(READY) ## make the virtual environment (every target below does this fi
 demo: $(READY) ## train a small VAE on real digits with the usual loss and with fastelbo, and compare
 	$(RUN) -m fastelbo demo
 
-.PHONY: example
-example: $(READY) ## train a linear VAE and compare it with pPCA's closed form
-	$(RUN) examples/linear_vae.py --plot results/linear_vae.png
+# Each under a minute on two cores.
+EXAMPLES := linear_vae conv_vae hierarchical_vae iwae
+
+.PHONY: examples
+examples: $(READY) ## train every model of examples/ on real data, and check what each finds
+	set -e; for name in $(EXAMPLES); do $(RUN) examples/$$name.py --plot results/$$name.png; done
 
 # One thread per worker: the workers already fill the cores.
 .PHONY: test
