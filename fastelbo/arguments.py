@@ -21,7 +21,7 @@ from .tracing import NUMBER
 from .types import Number, Reduction, Seed
 
 
-def symbolic(value: float, like: Tensor) -> Tensor:
+def symbolic(value: Any, like: Tensor) -> Tensor:
     """A number in a traced function. Added to a tensor it stays symbolic; as anything else every new value is a new graph."""
     return torch.zeros((), dtype=accumulate_dtype(like), device=like.device) + value
 
@@ -65,14 +65,18 @@ def weight_of(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
     return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
 
-def variance(name: str, parameter: str, value: Tensor | Number | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
+def variance(
+    name: str, parameter: str, value: Tensor | Number | None, recon: Tensor, to: str = "recon"
+) -> tuple[Tensor | None, str, float]:  # fmt: skip
     """A variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
     if value is None:
         return None, "logvar", 0.0
     value = plain(value)
-    checks.variance(name, parameter, value, recon)
+    checks.variance(name, parameter, value, recon, to)
     if isinstance(value, Tensor):
         return value, parameter, 0.0
+    if parameter == "theta":
+        return symbolic(value, recon), parameter, 0.0
     factor = 2 if parameter == "std" else 1
     if torch.compiler.is_compiling() and isinstance(value, NUMBER):
         number = symbolic(value, recon)
@@ -109,7 +113,7 @@ def prior(name: str, value: float | Tensor, mu: Tensor) -> Tensor:
     assert isinstance(value, Tensor)
     if value.ndim == mu.ndim and value.shape == mu.shape:
         return value
-    return _expanded(value, mu.shape)
+    return expanded(value, mu.shape)
 
 
 def below_samples(x: Any, recon: Any) -> Any:
@@ -117,7 +121,7 @@ def below_samples(x: Any, recon: Any) -> Any:
     are_tensors = isinstance(x, Tensor) and isinstance(recon, Tensor)
     if not are_tensors or x.ndim != recon.ndim - 1 or recon.shape[1:] != x.shape:
         return x
-    return _expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
+    return expanded(x, recon.shape) if x.requires_grad else x.expand(recon.shape)
 
 
 def samples_within(recon: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -141,10 +145,10 @@ def against_priors(posterior: Sequence[Tensor], *priors: Any) -> Sequence[Tensor
         shape = torch.broadcast_shapes(own, *shapes)
     except RuntimeError:
         return posterior
-    return [_expanded(t, shape) for t in posterior]
+    return [expanded(t, shape) for t in posterior]
 
 
-def _expanded(t: Tensor, shape: Sequence[int]) -> Tensor:
+def expanded(t: Tensor, shape: Sequence[int]) -> Tensor:
     """Autograd sums the gradients of an expanded tensor in its dtype: one rounding for each element in half precision."""
     return (t.float() if t.dtype.itemsize < 4 else t).expand(shape)
 

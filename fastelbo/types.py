@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 Reduction = Literal["none", "batchmean", "sum", "mean"]
 Impl = Literal["auto", "triton", "torch", "reference"]
 Family = Literal["gaussian", "laplace", "bernoulli"]
+CountFamily = Literal["poisson", "negative_binomial", "zero_inflated_negative_binomial"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 Int = int | np.integer[Any]
