@@ -111,6 +111,30 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "elbo_loss, Laplace, fixed scale", True, lambda: backward(elbo(f32, likelihood="laplace", recon_logscale=-1.0))
     yield "elbo_loss, Bernoulli", True, lambda: backward(elbo(f32, likelihood="bernoulli"))
     yield "elbo_loss, Bernoulli, float64", False, lambda: backward(elbo(f64, likelihood="bernoulli"))
+    for dtype, title in ((f32, ""), (f64, ", float64")):
+        mean, theta = (lambda d=dtype: randn(64, 768, dtype=d) for _ in range(2))
+        x, wide = torch.zeros(64, 768, dtype=dtype), dtype == f32
+        yield f"poisson_nll{title}", wide, lambda m=mean, x=x: backward(fastelbo.poisson_nll(m(), x))
+        yield (
+            f"negative_binomial_nll{title}",
+            wide,
+            lambda m=mean, x=x, t=theta: backward(fastelbo.negative_binomial_nll(m(), x, theta=t())),
+        )
+    # Not in float64, where it spills scalar registers on gfx942.
+    yield (
+        "zero_inflated_negative_binomial_nll",
+        True,
+        lambda: backward(
+            fastelbo.zero_inflated_negative_binomial_nll(
+                randn(64, 768), torch.zeros(64, 768), theta=randn(64, 768), zi_logits=randn(64, 768)
+            )
+        ),
+    )
+    yield (
+        "negative_binomial_nll, theta per gene",
+        True,
+        lambda: backward(fastelbo.negative_binomial_nll(randn(64, 768), torch.zeros(64, 768), theta=randn(768), reduction="sum")),
+    )
     image = torch.zeros(64, 768, dtype=torch.uint8)
     yield "gaussian_nll, image", False, lambda: backward(fastelbo.gaussian_nll(randn(64, 768), image, x_scale=1 / 255))
     yield (

@@ -1,6 +1,7 @@
 """The loss of a variational autoencoder as fused kernels: sampling and KL before the decoder, the ELBO after it."""
 
 from . import schedules
+from .counts import negative_binomial_nll, poisson_nll, zero_inflated_negative_binomial_nll
 from .densities import gaussian_log_prob, sample_kl
 from .distributions import DiagonalGaussian
 from .drop_in import gaussian_nll_loss
@@ -41,10 +42,13 @@ __all__ = [
     "laplace_nll",
     "linear_elbo_loss",
     "linear_gaussian_nll",
+    "negative_binomial_nll",
+    "poisson_nll",
     "reparameterize",
     "reparameterize_kl",
     "sample_kl",
     "schedules",
     "sgvb_loss",
     "verify",
+    "zero_inflated_negative_binomial_nll",
 ]

@@ -24,7 +24,7 @@ from .types import Number, Reduction, Seed
 FORMS = ("logvar", "logstd", "std", "var")
 
 
-def symbolic(value: float, like: Tensor) -> Tensor:
+def symbolic(value: Any, like: Tensor) -> Tensor:
     """A number in a traced function. Added to a tensor it stays symbolic; as anything else every new value is a new graph."""
     return torch.zeros((), dtype=accumulate_dtype(like), device=like.device) + value
 
@@ -68,14 +68,18 @@ def weight_of(name: str, value: Tensor, to: str, t: Tensor) -> Tensor:
     return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
 
-def variance(name: str, parameter: str, value: Tensor | Number | None, recon: Tensor) -> tuple[Tensor | None, str, float]:
+def variance(
+    name: str, parameter: str, value: Tensor | Number | None, recon: Tensor, to: str = "recon"
+) -> tuple[Tensor | None, str, float]:  # fmt: skip
     """A variance as the inputs' tensor, what that holds, and the log-variance that stands for a missing tensor."""
     if value is None:
         return None, "logvar", 0.0
     value = plain(value)
-    checks.variance(name, parameter, value, recon)
+    checks.variance(name, parameter, value, recon, to)
     if isinstance(value, Tensor):
         return value, parameter, 0.0
+    if parameter == "theta":
+        return symbolic(value, recon), parameter, 0.0
     factor = 2 if parameter == "std" else 1
     if torch.compiler.is_compiling() and isinstance(value, NUMBER):
         number = symbolic(value, recon)

@@ -151,11 +151,11 @@ def spread(name: str, form: str, value: Any, device: torch.device) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def variance(name: str, parameter: str, value: Any, recon: Tensor) -> None:
-    """A variance, given as a "logvar", "std" or "var": a number, or a tensor that broadcasts to recon."""
+def variance(name: str, parameter: str, value: Any, recon: Tensor, to: str = "recon") -> None:
+    """A variance, given as a "logvar", "std", "var" or "theta": a number, or a tensor that broadcasts to recon (`to` its user)."""
     if isinstance(value, Tensor):
         tensor(name, value, recon.device)
-        broadcast(name, value, "recon", recon.shape)
+        broadcast(name, value, to, recon.shape)
         return
     if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")

@@ -77,4 +77,4 @@ def gaussian_nll_loss(
     variance = var if isinstance(var, Tensor) else None
     scale = arguments.scale_of(reduction, input.ndim, input.shape)
     spec = Likelihood(input.ndim if reduction == "none" else 0, scale, kind, number, full, eps)
-    return nll_of(NLLInputs(input, target, variance, None), spec, None).to(dtype)
+    return nll_of(NLLInputs(input, target, variance, None, None), spec, None).to(dtype)

@@ -16,7 +16,7 @@ from .dtypes import accumulate_dtype, plain
 from .optimal import Optimum, optimum
 from .specs import Backend, Elbo, ElboInputs, Likelihood, NLLInputs
 from .tracing import one_node
-from .types import Clamp, ElboOptions, Family, Impl, Number, Reduction
+from .types import Clamp, CountFamily, ElboOptions, Family, Impl, Number, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,26 +33,28 @@ def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
 
 
 def observed(
-    family: Family, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
-    batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
+    family: Family | CountFamily, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any,
+    reduction: Reduction, batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
+    zi_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Check the arguments of a negative log-likelihood, and return it.
 
-    `tensors` are recon, which the user knows by `name`, and x; `spread` is a name, what it holds, and a value.
+    `tensors` are recon, which the user knows by `name`, and x; `spread` is a name, what it holds, and a value. `zi_logits` have
+    recon's shape already.
     """
     recon = tensors[0]
     x = arguments.below_samples(tensors[1], recon)
     is_image = checks.image(x, *image)
     checks.pair(name, recon, "x", x, is_image=is_image)
-    variance, parameter, number = arguments.variance(*spread, recon)
+    variance, parameter, number = arguments.variance(*spread, recon, name)
     if weight is not None:
         weight = arguments.weight_of("weight", weight, name, recon)
     keep = checks.kept_dims(reduction, batch_dims, recon.ndim)
-    scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance))
+    scale = arguments.scale_of(reduction, batch_dims, recon.shape, weight, (recon, x, variance, zi_logits))
     spec = Likelihood(keep, scale, parameter, number, bool(full), family=family)
     if is_image:
-        spec = arguments.of_image(spec, *image, accumulate_dtype(recon, variance))
-    return nll_of(NLLInputs(recon, x, variance, weight), spec, impl)
+        spec = arguments.of_image(spec, *image, accumulate_dtype(recon, variance, zi_logits))
+    return nll_of(NLLInputs(recon, x, variance, zi_logits, weight), spec, impl)
 
 
 @one_node

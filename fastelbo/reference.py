@@ -18,6 +18,7 @@ from torch import Tensor
 from .dtypes import LOG_2PI, accumulate_dtype, image
 from .noise import sample_noise
 from .specs import (
+    COUNTS,
     KL,
     Elbo,
     ElboInputs,
@@ -56,6 +57,20 @@ def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
     return x * torch.logaddexp(-logits, zero) + (1 - x) * torch.logaddexp(logits, zero)
 
 
+def counts_nll(mean: Tensor, x: Tensor, theta: Tensor | None, zi_logits: Tensor | None, full: bool) -> Tensor:
+    """-log of Poisson(x; mean), of NB(x; mean, theta), or of that with zeros added, per element, in nats (Lopez et al. 2018)."""
+    if theta is None:
+        nll = mean - torch.xlogy(x, mean)
+    else:
+        total = torch.log(mean + theta)
+        nll = theta * torch.log1p(mean / theta) + x * total - torch.xlogy(x, mean)
+        nll = nll + torch.lgamma(theta) - torch.lgamma(x + theta)
+    if zi_logits is not None:
+        inflated = torch.logaddexp(zi_logits, torch.zeros_like(zi_logits))
+        nll = inflated + torch.where(x == 0, -torch.logaddexp(zi_logits, -nll), nll)
+    return nll + torch.lgamma(x + 1) if full else nll
+
+
 def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) per element, in nats ([KW14] appendix B is the N(0, 1) case).
 
@@ -90,8 +105,8 @@ def _reduce(terms: Tensor, weight: Tensor | None, keep: int) -> Tensor:
 
 
 def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
-    recon, x, variance, weight = inputs
-    acc = accumulate_dtype(recon, x, variance)
+    recon, x, variance, zi_logits, weight = inputs
+    acc = accumulate_dtype(*inputs[:4])
     recon, x = recon.to(acc), image(x, spec.x_scale, spec.x_shift, acc)
     if variance is None:
         given = torch.full((), spec.logvar, dtype=acc, device=recon.device)
@@ -100,6 +115,11 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
     recon, x, given = present(weight, recon, x, given.expand(recon.shape)) if weight is not None else (recon, x, given)
     if spec.family == "bernoulli":
         return spec.scale * _reduce(bernoulli_nll(recon, x), weight, spec.keep)
+    if spec.family in COUNTS:
+        mean, theta = (t if weight is None else torch.where(weight == 0, 1.0, t) for t in (recon, given))
+        logits = None if zi_logits is None else present(weight, zi_logits.to(acc))[0]
+        terms = counts_nll(mean, x, None if variance is None else theta, logits, spec.full)
+        return spec.scale * _reduce(terms, weight, spec.keep)
     if spec.family == "laplace":
         root = torch.exp(-0.5 * given)
         terms = (recon - x).abs() * root * root + given + (math.log(2.0) if spec.full else 0.0)
@@ -199,7 +219,7 @@ def linear_nll(inputs: LinearInputs, spec: Linear) -> tuple[Tensor]:
     recon = recon if bias is None else recon + bias.to(acc)
     if recon.shape[0] != x.shape[0]:
         x = x.expand(recon.shape[0] // x.shape[0], *x.shape).flatten(0, 1)
-    return (nll(NLLInputs(recon, x, variance, None), spec.likelihood),)
+    return (nll(NLLInputs(recon, x, variance, None, None), spec.likelihood),)
 
 
 def linear_elbo(inputs: LinearElboInputs, spec: LinearElbo) -> tuple[Tensor, ...]:

@@ -28,6 +28,9 @@ Gradients = tuple[Tensor | None, ...]
 Needs = tuple[bool, ...]
 
 
+COUNTS = ("poisson", "negative_binomial", "zero_inflated_negative_binomial")  # families of counts
+
+
 # ---- everything that is no input tensor ------------------------------------------------------------------------------------------
 
 
@@ -44,6 +47,7 @@ class Likelihood(NamedTuple):
     x_scale: float = 1.0
     x_shift: float = 0.0
     # "gaussian"; "laplace", whose `variance` and `logvar` are the logarithm of its scale; or "bernoulli", which has neither.
+    # Of counts: "poisson"; "negative_binomial" and "zero_inflated_negative_binomial", whose `variance` is the inverse dispersion.
     family: str = "gaussian"
 
 
@@ -100,6 +104,7 @@ class NLLInputs(NamedTuple):
     recon: Tensor  # (batch, ...)
     x: Tensor  # of recon's shape; floating or uint8
     variance: Tensor | None  # broadcasts to recon
+    zi_logits: Tensor | None  # of recon's shape: of a zero that the family does not make
     weight: Tensor | None  # bool or floating, broadcasts to recon; where it is 0 the element is absent
 
 
@@ -126,7 +131,7 @@ class ElboInputs(NamedTuple):
 
     @property
     def nll(self) -> NLLInputs:
-        return NLLInputs(self.recon, self.x, self.variance, self.weight)
+        return NLLInputs(self.recon, self.x, self.variance, None, self.weight)
 
     @property
     def latent(self) -> LatentInputs:
@@ -161,7 +166,7 @@ class LinearElboInputs(NamedTuple):
         return LinearInputs(h, self.x, self.weight, self.bias, self.variance)
 
 
-DIFFERENTIABLE: dict[type[Any], int] = {NLLInputs: 3, LatentInputs: 4, ElboInputs: 7, LinearInputs: 5, LinearElboInputs: 8}
+DIFFERENTIABLE: dict[type[Any], int] = {NLLInputs: 4, LatentInputs: 4, ElboInputs: 7, LinearInputs: 5, LinearElboInputs: 8}
 
 
 # ---- ops and backends ------------------------------------------------------------------------------------------------------------

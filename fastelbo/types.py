@@ -12,6 +12,7 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 Family = Literal["gaussian", "laplace", "bernoulli"]
 Objective = Literal["elbo", "iwae", "dreg"]
 FreeBitsOver = Literal["batch", "sample"]
+CountFamily = Literal["poisson", "negative_binomial", "zero_inflated_negative_binomial"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 Int = int | np.integer[Any]

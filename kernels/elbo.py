@@ -31,7 +31,7 @@ def _run(
 ) -> tuple[tuple[Tensor | None, ...], Gradients]:
     """A forward pass launches both sides, a backward pass those that have an upstream gradient and owe one."""
     acc, device = accumulate_dtype(*inputs[:7]), inputs.recon.device
-    of_nll, of_kl = needs[:3], needs[3:]
+    of_nll, of_kl = (*needs[:3], False), needs[3:]
     nll, kl = nothing(of_nll), nothing(of_kl)
     grad_nll, grad_kl = (None, None) if grads is None else (grads[0], grads[0]) if is_loss else grads
     if grads is None or (grad_nll is not None and any(of_nll)):
@@ -50,7 +50,7 @@ def _run(
     finish(acc, nll.terms, kl.terms, nll.of_variance, loss=loss, beta=spec.beta)
     terms = nll.terms.result(), kl.terms.result()
     outputs = terms if not is_loss else (loss, *terms) if spec.return_terms else (loss,)
-    return outputs, (*nll_gradients(nll, inputs.variance), *kl.gradients)
+    return outputs, (*nll_gradients(nll, inputs.variance)[:3], *kl.gradients)
 
 
 elbo = op_of(partial(_run, is_loss=True), early=lambda spec: True)

@@ -19,7 +19,7 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
 from .launch import Fold, fold, scalar, tile_size, views
-from .math import divide, exp, half_expm1_and_remainder, minus_log, sqrt
+from .math import divide, exp, half_expm1_and_remainder, log1p_gap, sqrt
 from .op import op_of
 from .philox import normal_rows
 from .reduction import ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
@@ -258,7 +258,7 @@ def _of_ratio(d, spread, prior_spread, PARAMETER: tl.constexpr):
         if PARAMETER == STD:
             square = 0.5 * d_mu * d_mu
             d_mu = divide(d_mu, prior_spread)
-    lost = minus_log(ratio, beyond)
+    lost = log1p_gap(beyond, ratio)
     if PARAMETER == STD:
         expm1 = beyond + 0.5 * beyond * beyond
         return square, d_mu, tl.where(ratio < 0.5, 0.5 * ratio * ratio - 0.5, expm1), 0.5 * beyond * beyond + lost

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastelbo.dtypes import LOG_2PI, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
+from .counts import negative_binomial_math, poisson_math, poisson_slope, zero_inflated_math
 from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
 from .math import divide, exp, log, log1p_exp_and_sigmoid
 from .op import op_of
@@ -25,8 +26,11 @@ from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, par
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
 # What p is: a Gaussian whose variance is a number, or a tensor of one of three kinds; a Laplace distribution whose scale is a
-# number, or a tensor of its logarithm; a Bernoulli distribution of logits.
-FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI = (tl.constexpr(i) for i in range(7))
+# number, or a tensor of its logarithm; a Bernoulli distribution of logits; or, last, a distribution of counts.
+FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI, POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = (
+    tl.constexpr(i) for i in range(10)
+)
+COUNTS = {"poisson": POISSON, "negative_binomial": NEGATIVE_BINOMIAL, "zero_inflated_negative_binomial": ZERO_INFLATED}
 PARAMETERS = {"logvar": LOGVAR, "std": STD, "var": VAR}
 
 # Groups of rows whose sums over columns are partial, in the gradient of a per-dimension variance: few, since each writes a row of
@@ -39,7 +43,7 @@ GROUP_PROGRAMS = 1024
 
 
 def _run(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None) -> tuple[tuple[Tensor | None], Gradients]:
-    acc = accumulate_dtype(*inputs[:3])
+    acc = accumulate_dtype(*inputs[:4])
     plan = plan_nll(inputs, spec, needs, grads, acc)
     plan.launch(inputs.recon.device)
     finish(acc, plan.terms, plan.of_variance)
@@ -58,7 +62,7 @@ def plan_nll(
     (`dense`), and the gradient of the variance is written for each element: `nll_gradients` sums it.
     """
     shape, device = inputs.recon.shape, inputs.recon.device
-    recon, x, variance, weight, grad_output = views((*inputs, None if grads is None else grads[0]), shape, dense)
+    recon, x, variance, zi_logits, weight, grad_output = views((*inputs, None if grads is None else grads[0]), shape, dense)
     d_variance = None
     if needs[2]:
         is_summed = inputs.variance.shape != shape
@@ -67,13 +71,16 @@ def plan_nll(
         else:
             d_variance = torch.empty_like(inputs.variance if is_summed else variance)
     tensors = NLLTensors(
-        recon, x, variance, weight, grad_output,
+        recon, x, variance, zi_logits, weight, grad_output,
         d_recon=torch.empty_like(recon) if needs[0] else None,
         d_x=torch.empty_like(x) if needs[1] else None,
         d_variance=None if d_variance is None else d_variance.expand(shape),
+        d_zi_logits=torch.empty_like(recon, dtype=inputs.zi_logits.dtype) if needs[3] else None,
         terms=torch.empty_like(recon, dtype=acc) if grads is None and 0 < spec.keep == len(shape) else None,
     )  # fmt: skip
-    view = fold(shape, spec.keep, tensors, tile=tile_size(acc))
+    # The terms of counts take four times the registers of the others.
+    tile = tile_size(acc) // (4 if spec.family in COUNTS else 1)
+    view = fold(shape, spec.keep, tensors, tile=tile)
     operands = None if view is None else NLLTensors(*view.operands(tensors))
     of_variance = None if view is None else _sums_of_variance(view, d_variance, shape, operands.d_variance, acc)
     if of_variance is None:
@@ -90,19 +97,19 @@ def plan_nll(
         nll_kernel,
         view.grid(programs),
         NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image),
-        NLLFlags(kind.value, terms.sink.value, of_variance.sink.value, view.block(acc)),
+        NLLFlags(kind.value, spec.full and spec.family in COUNTS, terms.sink.value, of_variance.sink.value, view.block(acc)),
         terms,
-        (tensors.d_recon, tensors.d_x, d_variance),
+        (tensors.d_recon, tensors.d_x, d_variance, tensors.d_zi_logits),
         of_variance,
     )
 
 
 def nll_gradients(plan: Plan, variance: Tensor | None) -> Gradients:
-    """The gradients of recon, x and the variance, once the plan has run."""
-    d_recon, d_x, d_variance = plan.gradients
+    """The gradients of recon, x, the variance and the logits, once the plan has run."""
+    d_recon, d_x, d_variance, d_zi_logits = plan.gradients
     if d_variance is not None and d_variance.shape != variance.shape:
         d_variance = d_variance.sum_to_size(variance.shape).to(variance.dtype)
-    return d_recon, d_x, d_variance
+    return d_recon, d_x, d_variance, d_zi_logits
 
 
 def _sums_of_variance(
@@ -128,6 +135,8 @@ def _sums_of_variance(
 
 
 def kind_of(spec: Likelihood, has_variance: bool) -> tl.constexpr:
+    if spec.family in COUNTS:
+        return COUNTS[spec.family]
     if spec.family == "bernoulli":
         return BERNOULLI
     if spec.family == "laplace":
@@ -137,7 +146,7 @@ def kind_of(spec: Likelihood, has_variance: bool) -> tl.constexpr:
 
 def inverse_and_constant(spec: Likelihood, variance: Tensor | None) -> tuple[float, float]:
     """1 / std, or the root of 1 / scale, and what is added to each term; what a tensor holds, the kernel takes from there."""
-    if spec.family == "bernoulli":
+    if spec.family == "bernoulli" or spec.family in COUNTS:
         return 1.0, 0.0
     logvar = spec.logvar if variance is None else 0.0
     try:
@@ -158,11 +167,13 @@ class NLLTensors(NamedTuple):
     recon: Any
     x: Any
     variance: Any
+    zi_logits: Any
     weight: Any
     grad_output: Any
     d_recon: Any
     d_x: Any
     d_variance: Any
+    d_zi_logits: Any
     terms: Any
 
 
@@ -180,7 +191,8 @@ class NLLArgs(NamedTuple):
 
 
 class NLLFlags(NamedTuple):
-    KIND: int  # FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI
+    KIND: int  # FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI, POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED
+    FULL: bool  # of counts: with lgamma(x + 1)
     TERMS: int  # where the terms go: NOTHING, TOTAL, ROWS, EACH
     D_VARIANCE: int  # and the variance's gradient: one of these, or COLS
     BLOCK: Block
@@ -208,6 +220,19 @@ def nll_math(m, y, v, inverse, floor, KIND: tl.constexpr):
     else:
         term, in_m, in_v = gaussian_math(m - y, v, inverse, floor, KIND)
         return term, in_m, -in_m, in_v
+
+
+@triton.jit
+def counts_math(x, mean, theta, zi_logits, KIND: tl.constexpr, FULL: tl.constexpr):
+    """The term, and its derivatives in the mean, in theta and in the logits."""
+    if KIND == POISSON:
+        return poisson_math(x, mean, mean - x, FULL), poisson_slope(x, mean), mean, mean
+    else:
+        term, in_mean, in_theta = negative_binomial_math(x, mean, theta, FULL)
+        if KIND == NEGATIVE_BINOMIAL:
+            return term, in_mean, in_theta, mean
+        else:
+            return zero_inflated_math(x, term, in_mean, in_theta, zi_logits)
 
 
 @triton.jit
@@ -274,7 +299,15 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
         v = m
         if t.variance is not None:
             v = load(t.variance, tile, B)
-        term, d_recon, d_x, d_variance = nll_math(m, y, v, inverse, floor, C.KIND)
+        d_zi_logits = m
+        if C.KIND >= POISSON:
+            zi_logits = m
+            if t.zi_logits is not None:
+                zi_logits = load(t.zi_logits, tile, B)
+            term, d_recon, d_variance, d_zi_logits = counts_math(y, m, v, zi_logits, C.KIND, C.FULL)
+            d_x = d_recon
+        else:
+            term, d_recon, d_x, d_variance = nll_math(m, y, v, inverse, floor, C.KIND)
         term += constant
         g = gain
         if t.grad_output is not None:
@@ -290,6 +323,11 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
             d_recon, d_x = tl.where(present, d_recon, 0.0), tl.where(present, d_x, 0.0)
         store(t.d_recon, d_recon, tile, B)
         store(t.d_x, d_x, tile, B)
+        if t.d_zi_logits is not None:
+            d_zi_logits = d_zi_logits * g
+            if t.weight is not None:
+                d_zi_logits = tl.where(present, d_zi_logits * w, 0.0)
+            store(t.d_zi_logits, d_zi_logits, tile, B)
         d_variance = tl.where(present, d_variance, 0.0)
         sum_variance = collect(d_variance, sum_variance, t.d_variance, args.variance_parts, tile, C.D_VARIANCE, B)
         sum_terms = collect(tl.where(present, term, 0.0), sum_terms, t.terms, args.parts, tile, C.TERMS, B)

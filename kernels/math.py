@@ -141,10 +141,10 @@ def half_expm1_and_remainder(v):
 
 
 @triton.jit
-def minus_log(ratio, beyond):
-    """beyond - log(ratio) for blocks of ratio and beyond = ratio - 1, free of cancellation where beyond is small and exact."""
-    near = (beyond > -0.5) & (beyond < 1.0)
-    w = tl.where(near, beyond, 0.0)
+def log1p_gap(u, v):
+    """u - log(1 + u), never negative, for a float32 or float64 block u and v = 1 + u, which the caller may know better than u."""
+    near = (u > -0.5) & (u < 1.0)
+    w = tl.where(near, u, 0.0)
     # log(1 + w) = 2 atanh(z) with z = w / (2 + w), and w - 2 z = w z.
     z = divide(w, 2.0 + w)
     z2 = z * z
@@ -159,7 +159,7 @@ def minus_log(ratio, beyond):
             0.06666666666666667, 0.07692307692307693, 0.09090909090909091, 0.1111111111111111, 0.14285714285714285, 0.2,
             0.3333333333333333,
         ))  # fmt: skip
-    return tl.where(near, z * (w - 2.0 * z2 * tail), beyond - log(ratio))
+    return tl.where(near, z * (w - 2.0 * z2 * tail), u - log(v))
 
 
 @triton.jit
@@ -178,6 +178,51 @@ def sqrt(x):
         return tl.sqrt_rn(x)
     else:
         return tl.sqrt(x)
+
+
+@triton.jit
+def stirling_remainders(z):
+    """What Stirling's formulas leave out, for a positive float32 or float64 block z.
+
+    That is lgamma(z) - ((z - 1/2) log(z) - z + 1/2 log(2 pi)), and log(z) - 1/(2 z) - digamma(z), which is minus its derivative.
+    A fit in 1/z**2 holds from 1 on, in float64 from 4 on. To smaller z the recurrence of the gamma function leads back.
+    """
+    if z.dtype == tl.float64:
+        small = z < 4.0
+        u = 1.0 / tl.where(small, z + 4.0, z)
+        v = u * u
+        p = polynomial(v, (
+            -0.17390223978422367, 0.08600886915362022, -0.02431970081518216, 0.006210992276421007, -0.0019125368108574897,
+            0.0008416721483780579, -0.0005952373672607474, 0.0007936507901805894, -0.002777777777771288, 0.08333333333333333,
+        ))  # fmt: skip
+        q = polynomial(v, (
+            16.272492444252475, -7.874672567242462, 2.0004758503978333, -0.3992958066655563, 0.08204835156459736,
+            -0.021067490343790643, 0.007575437694477858, -0.004166664261695412, 0.003968253958849537, -0.008333333333318827,
+            0.08333333333333333,
+        ))  # fmt: skip
+        near = tl.where(small, z, 1.0)
+        log_ratio = tl.log(1.0 + 4.0 / near)
+        product = (1.0 + 1.0 / (near + 3.0)) * (1.0 + 2.0 / (near + 2.0)) * (1.0 + 3.0 / (near + 1.0)) * (1.0 + 4.0 / near)
+        lost = (near - 0.5) * log_ratio - 4.0 + tl.log(product)
+        inverses = 1.0 / near + 1.0 / (near + 1.0) + 1.0 / (near + 2.0) + 1.0 / (near + 3.0)
+        lost_slope = inverses - 0.5 / near + 0.5 / (near + 4.0) - log_ratio
+    else:
+        small = z < 1.0
+        u = 1.0 / tl.where(small, z + 1.0, z)
+        v = u * u
+        p = polynomial(v, (
+            3.676352935144678e-05, -0.00018581465701572597, 0.0004167917068116367, -0.0005674052517861128, 0.0005717761814594269,
+            -0.0005568209453485906, 0.0007905138772912323, -0.0027776702772825956, 0.0833333358168602,
+        ))  # fmt: skip
+        q = polynomial(v, (
+            0.0003417524858377874, -0.001704357098788023, 0.0037383465096354485, -0.004885561764240265, 0.004539948422461748,
+            -0.003750551026314497, 0.003934965934604406, -0.008332203142344952, 0.0833333283662796,
+        ))  # fmt: skip
+        near = tl.where(small, z, 1.0)
+        log_ratio = log(1.0 + 1.0 / near)
+        lost = (near + 0.5) * log_ratio - 1.0
+        lost_slope = 0.5 / near + 0.5 / (near + 1.0) - log_ratio
+    return p * u + tl.where(small, lost, 0.0), q * v + tl.where(small, lost_slope, 0.0)
 
 
 @triton.jit

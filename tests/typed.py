@@ -55,6 +55,11 @@ assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=flag),
 assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
 assert_type(fastelbo.laplace_nll(recon, x, logscale=nn.Parameter(torch.zeros(()))), Tensor)
 assert_type(fastelbo.bernoulli_nll(recon, x, reduction="batchmean"), Tensor)
+assert_type(fastelbo.poisson_nll(recon.exp(), x.round().abs(), full=False), Tensor)
+assert_type(fastelbo.negative_binomial_nll(recon.exp(), x.round().abs(), theta=2), Tensor)
+assert_type(
+    fastelbo.zero_inflated_negative_binomial_nll(recon.exp(), x.round().abs(), theta=torch.ones(6), zi_logits=recon), Tensor
+)
 fastelbo.elbo_loss(recon, x, mu, logvar, likelihood="laplace", recon_logscale=0.5).backward()
 fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar="optimal", nll_scale=0.5, kl_scale=torch.tensor(2), batch_dims=1).backward()
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)

@@ -20,11 +20,11 @@ def forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor,
     ready = _backward_only_scales(inputs, needs)
     asked = needs if ready else (False,) * 7
     acc, posterior, beta = accumulate_dtype(*inputs[:7]), inputs.latent, spec.beta
-    nll, of_nll = likelihood.nll_pass(inputs.nll, spec.likelihood, asked[:3], spec.likelihood.scale, acc)
+    nll, of_nll = likelihood.nll_pass(inputs.nll, spec.likelihood, (*asked[:3], False), spec.likelihood.scale, acc)
     kl, of_kl = latent.kl_pass(posterior, spec.kl, asked[3:], spec.kl.scale * beta, acc)
     loss = widen(nll + beta * kl if isinstance(beta, Tensor) else torch.add(nll, kl, alpha=beta), acc)
     outputs = (loss, widen(nll, acc), widen(kl, acc)) if spec.return_terms else (loss,)
-    return outputs, (*of_nll, *walk.rounded(of_kl, posterior)) if ready else None
+    return outputs, (*of_nll[:3], *walk.rounded(of_kl, posterior)) if ready else None
 
 
 def backward(inputs: ElboInputs, spec: Elbo, grad_outputs: Gradients, needs: Needs, kept: Gradients | None) -> Gradients:
@@ -48,7 +48,7 @@ def _backward_only_scales(inputs: ElboInputs, needs: Needs) -> bool:
 def terms_forward(inputs: ElboInputs, spec: Elbo, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Any, Any]]:
     """The two terms by themselves: each keeps for backward what it would keep alone."""
     acc = accumulate_dtype(*inputs[:7])
-    (nll,), kept_nll = likelihood.forward(inputs.nll, spec.likelihood, needs[:3], acc)
+    (nll,), kept_nll = likelihood.forward(inputs.nll, spec.likelihood, (*needs[:3], False), acc)
     (_, kl), kept_kl = latent.forward(inputs.latent, Latent(spec.kl), needs[3:], acc)
     assert kl is not None
     return (nll, kl), (kept_nll, kept_kl)
@@ -59,13 +59,13 @@ def terms_backward(
 ) -> Gradients:
     (grad_nll, grad_kl), (kept_nll, kept_kl) = grad_outputs, kept or (None, None)
     acc = accumulate_dtype(*inputs[:7])
-    of_nll: Gradients = (None,) * 3
+    of_nll: Gradients = (None,) * 4
     of_kl: Gradients = (None,) * 4
     if grad_nll is not None and True in needs[:3]:
-        of_nll = likelihood.backward(inputs.nll, spec.likelihood, (grad_nll,), needs[:3], kept_nll, acc)
+        of_nll = likelihood.backward(inputs.nll, spec.likelihood, (grad_nll,), (*needs[:3], False), kept_nll, acc)
     if grad_kl is not None and True in needs[3:]:
         of_kl = latent.backward(inputs.latent, Latent(spec.kl), (None, grad_kl), needs[3:], kept_kl, acc=acc)
-    return *of_nll, *of_kl
+    return *of_nll[:3], *of_kl
 
 
 TERMS_OP = Op(terms_forward, terms_backward)

@@ -5,6 +5,7 @@ Each family has a file with its tile: terms, their sums and the gradients of a r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,19 +14,24 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype, on_host, widen
 from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
-from . import bernoulli_nll, gaussian_nll, laplace_nll
+from . import bernoulli_nll, counts, gaussian_nll, laplace_nll
 from . import walk as w
 
-TILES = {"gaussian": gaussian_nll.tile, "laplace": laplace_nll.tile, "bernoulli": bernoulli_nll.tile}
+TILES: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "gaussian": gaussian_nll.tile,
+    "laplace": laplace_nll.tile,
+    "bernoulli": bernoulli_nll.tile,
+    **counts.TILES,
+}
 
 
 def forward(
     inputs: NLLInputs, spec: Likelihood, needs: Needs, acc: torch.dtype | None = None
 ) -> tuple[tuple[Tensor], Gradients | None]:
     """The gradients are made along with the terms, for an upstream gradient of 1, where backward can scale them as they are."""
-    acc = acc or accumulate_dtype(*inputs[:3])
+    acc = acc or accumulate_dtype(*inputs[:4])
     ready = _backward_only_scales(inputs, needs, spec.keep, acc)
-    nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 3, spec.scale, acc)
+    nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 4, spec.scale, acc)
     return (widen(nll, acc),), gradients if ready else None
 
 
@@ -35,7 +41,7 @@ def backward(
 ) -> Gradients:  # fmt: skip
     (grad_output,) = grad_outputs
     assert grad_output is not None
-    acc = acc or accumulate_dtype(*inputs[:3])
+    acc = acc or accumulate_dtype(*inputs[:4])
     if kept is None and _backward_only_scales(inputs, needs, spec.keep, acc):
         kept = nll_pass(inputs, spec, needs, spec.scale, acc, want_terms=False)[1]
     if kept is not None:
@@ -63,7 +69,7 @@ def nll_pass(
     inputs: NLLInputs, spec: Likelihood, needs: Needs, rate: Factor, acc: torch.dtype, want_terms: bool = True
 ) -> tuple[Any, Gradients]:
     """The scaled sums of the terms, and `rate` times the gradients that are needed."""
-    recon, x, variance, weight = inputs
+    recon, x, variance, zi_logits, weight = inputs
     rate = w.rate_of_some(rate, spec.scale)
     shape, ndim, sums = recon.shape, recon.ndim, recon.shape[: spec.keep] if want_terms else None
     likes = recon if needs[0] else None, x if needs[1] else None
@@ -77,13 +83,18 @@ def nll_pass(
         given = torch.full((1,) * ndim, spec.logvar, dtype=acc, device=recon.device) if variance is None else variance
         given = w.against(given if given.ndim else given.view((1,) * ndim), ndim)
         whole = needs[2] and given.shape == shape
-        each, shared = (recon, x, given, w.against(weight, ndim), rate), given.shape if needs[2] and not whole else None
+        each, shared = [recon, x, given, w.against(weight, ndim), rate], given.shape if needs[2] and not whole else None
+        memory = [*likes, given if whole else None]
+        if zi_logits is not None:
+            each.append(zi_logits)
+            memory.append(recon if needs[3] else None)
         tile = partial(TILES[spec.family], spec, acc, want_terms, needs[2])
         # For sums, the residual and its ratio, what is widened, and what weights and other parameters need.
         temporaries = 1 + wider + (not needs[0]) + (not whole) + (given.dtype != acc)
         temporaries += 3 * (weight is not None) + 2 * (spec.parameter != "logvar")
-        found, gradients = w.walk(tile, each, (*likes, given if whole else None), (sums, shared), acc, temporaries)
+        found, gradients = w.walk(tile, each, memory, (sums, shared), acc, temporaries)
         nll, d_variance = found[0], gradients[2] if whole else found[1]
     if needs[2] and variance is not None:
         d_variance = d_variance.reshape(variance.shape)
-    return nll, w.rounded((*gradients[:2], d_variance), inputs)
+    d_zi_logits = None if zi_logits is None else gradients[3]
+    return nll, w.rounded((*gradients[:2], d_variance, d_zi_logits), inputs)

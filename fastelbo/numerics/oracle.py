@@ -26,7 +26,8 @@ from .. import specs
 from ..dtypes import LOG_2PI, image
 from ..noise import sample_noise
 from ..reference import logvar_of, present
-from ..specs import DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
+from ..specs import COUNTS, DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
+from . import counts
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
 
 OUTPUTS = {
@@ -43,11 +44,14 @@ LAYERS = (specs.LinearInputs, specs.LinearElboInputs)
 
 
 def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
-    recon, x, variance, weight = inputs
+    recon, x, variance, zi_logits, weight = inputs
     variance = torch.full_like(recon, spec.logvar) if variance is None else variance.expand(recon.shape)
     recon, x, variance = present(weight, recon, x, variance)
     if weight is not None and spec.parameter != "logvar":
         variance = torch.where(weight == 0, 1.0, variance)
+    if spec.family in COUNTS:
+        terms = counts.terms(recon, x, variance, zi_logits, weight, spec)
+        return terms if weight is None else [t * weight for t in terms]
     if spec.family == "bernoulli":
         zero = torch.zeros_like(recon)
         terms = [x * torch.logaddexp(-recon, zero), (1 - x) * torch.logaddexp(recon, zero)]
@@ -120,7 +124,7 @@ def layer_terms(inputs: specs.LinearInputs, spec: Likelihood) -> list[Tensor]:
     h, x, weight, bias, variance = inputs
     recon = h @ weight.T if bias is None else h @ weight.T + bias
     x = x.expand(len(h) // max(len(x), 1), *x.shape).flatten(0, 1)
-    return nll_terms(specs.NLLInputs(recon, x, variance, None), spec)
+    return nll_terms(specs.NLLInputs(recon, x, variance, None, None), spec)
 
 
 def decoded_terms(inputs: specs.LinearElboInputs, spec: Likelihood, z: Tensor | None = None) -> list[Tensor]:

@@ -175,6 +175,17 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
     ("laplace_nll", "number", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=0.3, **o)),
     ("laplace_nll", "logscale", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=v["spread"], **o)),
     ("bernoulli_nll", "", lambda v, m, **o: fastelbo.bernoulli_nll(v["recon"], v["x"], reduction="batchmean", **o)),
+    ("poisson_nll", "", lambda v, m, **o: fastelbo.poisson_nll(v["recon"].exp(), v["x"].abs().round().detach(), **o)),
+    (
+        "negative_binomial_nll", "number",
+        lambda v, m, **o: fastelbo.negative_binomial_nll(v["recon"].exp(), v["x"].abs().round().detach(), theta=2.0, **o),
+    ),
+    (
+        "zero_inflated_negative_binomial_nll", "tensors",
+        lambda v, m, **o: fastelbo.zero_inflated_negative_binomial_nll(
+            v["recon"].exp(), v["x"].abs().round().detach(), theta=v["std"], zi_logits=v["recon"], **o
+        ),
+    ),
     (
         "elbo_loss", "bernoulli",
         lambda v, m, **o: fastelbo.elbo_loss(v["recon"], v["x"], v["mu"], v["logvar"], likelihood="bernoulli", **o),
