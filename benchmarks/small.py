@@ -79,6 +79,22 @@ def user_nll(recon: Tensor, x: Tensor) -> Tensor:
     return 0.5 * ((x - recon) ** 2 + math.log(2 * math.pi)).sum(1)
 
 
+def user_negative_binomial(mean: Tensor, x: Tensor, theta: Tensor, eps: float = 1e-8) -> Tensor:
+    """`log_nb_positive` of scvi-tools 1.4.2, with its sign changed."""
+    log_total = torch.log(theta + mean + eps)
+    each = theta * (torch.log(theta + eps) - log_total) + x * (torch.log(mean + eps) - log_total)
+    return -(each + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)).sum(1)
+
+
+def user_zero_inflated(mean: Tensor, x: Tensor, theta: Tensor, zi_logits: Tensor, eps: float = 1e-8) -> Tensor:
+    """`log_zinb_positive` of scvi-tools 1.4.2, with its sign changed."""
+    softplus, log_total = F.softplus(-zi_logits), torch.log(theta + mean + eps)
+    zero = -zi_logits + theta * (torch.log(theta + eps) - log_total)
+    count = -softplus + zero + x * (torch.log(mean + eps) - log_total)
+    count = count + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return -((x < eps).float() * (F.softplus(zero) - softplus) + (x > eps).float() * count).sum(1)
+
+
 class Pair(NamedTuple):
     inputs: tuple[str, ...]
     user: Call
@@ -101,6 +117,30 @@ PAIRS = {
         fastelbo.elbo_loss,
     ),
 }  # fmt: skip
+
+# Of counts per cell and gene, with theta per gene or per element.
+COUNT_SIZES = ((128, 2_000), (128, 20_000))
+COUNT_PAIRS = {
+    f"{name}, theta per {of}": Pair(("mean", "counts", f"theta per {of}", *more), user, ours)
+    for of in ("gene", "element")
+    for name, more, user, ours in (
+        ("negative_binomial_nll", (), user_negative_binomial,
+         lambda mean, x, theta: fastelbo.negative_binomial_nll(mean, x, theta=theta)),
+        ("zero_inflated_negative_binomial_nll", ("zi_logits",), user_zero_inflated,
+         lambda mean, x, theta, logits: fastelbo.zero_inflated_negative_binomial_nll(mean, x, theta=theta, zi_logits=logits)),
+    )
+}  # fmt: skip
+
+
+def count_inputs(cells: int, genes: int) -> dict[str, Tensor]:
+    """Counts of a Poisson-gamma mixture, nine of ten 0."""
+    draw = Draw(CPU, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.distributions.Gamma(0.15, 1.0).sample((cells, genes))
+    found = {"counts": torch.poisson(rates, generator=generator), "zi_logits": draw(cells, genes)}
+    for name, shape in (("mean", (cells, genes)), ("theta per gene", (genes,)), ("theta per element", (cells, genes))):
+        found[name] = (0.5 * draw(*shape, grad=False) - 0.5).exp().requires_grad_()
+    return found
 
 
 def inputs(batch: int, elements: int, latents: int) -> dict[str, Tensor]:
@@ -151,7 +191,7 @@ class Row(NamedTuple):
         return [t["user"] / t["ours"] for t in (self.step, self.forward) if t is not None]
 
 
-def cases() -> Iterator[tuple[str, Pair, tuple[int, int, int]]]:
+def cases() -> Iterator[tuple[str, Pair, tuple[int, ...]]]:
     """(name, pair, (batch, elements, latents)), each size that makes a difference to the pair once."""
     for name, pair in PAIRS.items():
         for batch, elements in SIZES:
@@ -159,10 +199,10 @@ def cases() -> Iterator[tuple[str, Pair, tuple[int, int, int]]]:
                 yield name, pair, (batch, elements, latents)
 
 
-def measured(name: str, pair: Pair, sizes: tuple[int, int, int], rounds: int) -> Row:
-    drawn = inputs(*sizes)
+def measured(name: str, pair: Pair, sizes: tuple[int, ...], rounds: int) -> Row:
+    drawn = count_inputs(*sizes) if "counts" in pair.inputs else inputs(*sizes)
     args = [drawn[n] for n in pair.inputs]
-    shown = " and ".join(f"{drawn[n].shape[0]} x {drawn[n].shape[1]:,}" for n in ("x", "mu") if n in pair.inputs)
+    shown = " and ".join(f"{drawn[n].shape[0]} x {drawn[n].shape[1]:,}" for n in ("x", "mu", "counts") if n in pair.inputs)
     steps = {"user": step_of(pair.user, args), "ours": step_of(pair.ours, args)}
     if not agree(steps["user"], steps["ours"]):
         return Row(name, shown, None, None)
@@ -265,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         every = track(list(cases()), "small losses", console=console, transient=True)
         rows = [measured(*case, options.rounds) for case in every]
+        counted = [(*pair, sizes) for pair in COUNT_PAIRS.items() for sizes in COUNT_SIZES]
+        rows += [measured(*case, max(11, options.rounds // 20)) for case in counted]
         title = f"medians in us; a ratio is the user's time over fastelbo's, a step is forward and backward\n{facts}"
         show(console, title, [*rows, seeded(options.rounds)])
         if any(row.step is None for row in rows) or (options.check and min(r for row in rows for r in row.ratios()) < LEAST):
