@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+INTEGRATIONS_VENV ?= .venv-integrations
 JOBS    ?= 2
 RESULTS ?= results/gpu-check
 # For example: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" where no GPU needs serving.
@@ -55,6 +56,18 @@ examples: $(READY) ## train every model of examples/ on real data, and check wha
 test: $(READY) ## run the tests (JOBS=2 workers; PYTEST_ARGS="-k kl")
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+# The libraries bring as many packages again as the rest needs, so they have an environment of their own.
+$(INTEGRATIONS_VENV)/.fastelbo-ready: pyproject.toml constraints.txt constraints-integrations.txt
+	test -x $(INTEGRATIONS_VENV)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS_VENV)
+	$(INTEGRATIONS_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt setuptools wheel
+	$(INTEGRATIONS_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	    -c constraints-integrations.txt --no-build-isolation -e ".[cli,integrations]" pytest pytest-timeout
+	touch $@
+
+.PHONY: test-integrations
+test-integrations: $(INTEGRATIONS_VENV)/.fastelbo-ready ## run the tests of fastelbo.integrations against the libraries themselves
+	OMP_NUM_THREADS=1 $(INTEGRATIONS_VENV)/bin/python -m pytest tests/integrations $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(READY) ## ruff, its formatter, mypy on the public API, and whether the README's figures are the committed data's
 	$(RUN) -m ruff check .
@@ -101,6 +114,6 @@ clean: ## remove build outputs and caches (not the virtual environment, not resu
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=python3.12 picks the interpreter; VENV= uses it as it is, for machines that bring their own torch."

@@ -11,6 +11,7 @@ from .functional import (
     gaussian_nll,
 )
 from .latent import gaussian_kl, kl_divergence, reparameterize, reparameterize_kl
+from .latent_diffusion import AutoencoderKLLoss
 from .likelihoods import bernoulli_nll, laplace_nll
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
@@ -20,6 +21,7 @@ from .numerics.verify import NumericsMismatch, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoencoderKLLoss",
     "DiagonalGaussian",
     "ELBOLoss",
     "GaussianNLLLoss",

@@ -92,6 +92,13 @@ def choose(impl: str | None, device: torch.device, empty: bool = False) -> Backe
     return chosen if chosen is None or torch.compiler.is_compiling() or watcher is None else watcher(chosen)
 
 
+def check(impl: str | None) -> None:
+    """Refuse a wrong `impl` where no tensor is at hand yet."""
+    # Whether "triton" can serve depends on the device of a call, and so does the default.
+    if impl not in (None, "triton"):
+        choose(impl, torch.device("cpu"))
+
+
 def choose_linear(impl: str | None, inputs: LinearInputs | LinearElboInputs, num_samples: int | None = None) -> Backend | None:
     """As `choose`, for a linear decoder: what is too wide or too precise for the kernels goes through torch's matrix products."""
     x, weight = inputs.x, inputs.weight

@@ -20,15 +20,9 @@ from .tracing import NUMBER
 from .types import Clamp, Family, Impl, Int, Number, Precision, Reduction, Seed
 
 
-def _check_impl(impl: Any) -> None:
-    # Whether "triton" can serve depends on the device of a call, and so does the default.
-    if impl not in (None, "triton"):
-        backend.choose(impl, torch.device("cpu"))
-
-
 def _check_loss(reduction: Any, impl: Any, **flags: Any) -> None:
     checks.kept_dims(reduction, 0, 0)
-    _check_impl(impl)
+    backend.check(impl)
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
@@ -181,7 +175,7 @@ class Reparameterize(nn.Module):
 
     def __init__(self, num_samples: Int | None = None, *, seed: Seed | None = None, impl: Impl | None = None) -> None:
         super().__init__()
-        _check_impl(impl)
+        backend.check(impl)
         self.num_samples, self.impl = _checked_samples(num_samples), impl
         self.seed = None if seed is None else int(check_seed(seed, seed.device if isinstance(seed, Tensor) else "cpu"))
         self._first_key = 0 if self.seed is None else _scattered(self.seed)

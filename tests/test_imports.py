@@ -42,8 +42,10 @@ ALLOWED = {
     "linear": PUBLIC | {"latent", "composed"},
     "estimators": PUBLIC | {"functional", "latent", "densities", "optimal"},
     "distributions": PUBLIC | {"functional", "latent"},
+    "latent_diffusion": PUBLIC | {"functional", "likelihoods"},
     "modules": PUBLIC | {"functional", "latent", "drop_in", "linear", "distributions", "estimators"},
     "schedules": {"dtypes", "types"},
+    "integrations": {"types", "functional", "latent", "distributions"},
     # On top of all.
     "numerics": PUBLIC
     | {"reference", "functional", "latent", "drop_in", "linear", "distributions", "estimators", "eager", "kernels"},
@@ -57,6 +59,7 @@ ALLOWED = {
         "linear",
         "estimators",
         "distributions",
+        "latent_diffusion",
         "modules",
         "numerics",
     },

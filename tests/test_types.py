@@ -61,4 +61,4 @@ def test_the_sample_runs_and_uses_every_public_name() -> None:
     assert [name for name in fastelbo.__all__ if f"fastelbo.{name}" not in source] == []
     done = subprocess.run([sys.executable, str(SAMPLE)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["4", "True", "0", "0", "NumericsMismatch", "True"]
+    assert done.stdout.split() == ["5", "True", "0", "0", "NumericsMismatch", "True"]

@@ -56,6 +56,7 @@ assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
 assert_type(fastelbo.laplace_nll(recon, x, logscale=nn.Parameter(torch.zeros(()))), Tensor)
 assert_type(fastelbo.bernoulli_nll(recon, x, reduction="batchmean"), Tensor)
 fastelbo.elbo_loss(recon, x, mu, logvar, likelihood="laplace", recon_logscale=0.5).backward()
+fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar="optimal", nll_scale=0.5, kl_scale=torch.tensor(2), batch_dims=1).backward()
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)
 assert_type(fastelbo.schedules.cyclical(3, steps=10, cycles=2, rising=0.25, start=0, end=np.float32(2)), float)
 
@@ -69,8 +70,17 @@ assert_type(posterior.sample(torch.Generator()), Tensor)
 assert_type(posterior.entropy(), Tensor)
 assert_type(posterior.batch_shape, torch.Size)
 
+
+def distance(x: Tensor, recon: Tensor) -> Tensor:
+    return (x - recon).abs().mean(1)
+
+
+autoencoder = fastelbo.AutoencoderKLLoss()
+assert_type(autoencoder.forward(recon, x, posterior.kl(), weight=torch.ones(4)), tuple[Tensor, Tensor, Tensor])
+assert_type(autoencoder.adaptive_weight(recon.square().sum(), recon.sum(), recon), Tensor)
 modules = nn.ModuleList(
     [
+        fastelbo.AutoencoderKLLoss(likelihood="l2", kl_weight=np.float64(1e-6), perceptual_loss=distance),
         fastelbo.ELBOLoss(beta=0.5, recon_logvar=nn.Parameter(torch.zeros(())), reduction="sum"),
         fastelbo.GaussianNLLLoss(reduction="mean"),
         fastelbo.LinearELBO(3, 6, learned=True),

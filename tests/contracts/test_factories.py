@@ -94,10 +94,16 @@ def values(device: torch.device, dtype: torch.dtype) -> Values:
     return found | {"beta": torch.tensor(0.7, device=device), "seed": torch.tensor(-5, device=device)}
 
 
+def distance(x: Tensor, recon: Tensor) -> Tensor:
+    return (x - recon).square()
+
+
 def modules(device: torch.device, dtype: torch.dtype, impl: str) -> dict[str, Any]:
     torch.manual_seed(1)
     return {
         "nll": fastelbo.GaussianNLLLoss(),
+        "l1": fastelbo.AutoencoderKLLoss(logvar=0.3, perceptual_loss=distance, impl=impl).to(device, dtype),
+        "l2": fastelbo.AutoencoderKLLoss(likelihood="l2", kl_weight=0.1, impl=impl),
         "sample": fastelbo.Reparameterize(3, impl=impl),
         "elbo": fastelbo.ELBOLoss(recon_logvar=0.3, learned=True, impl=impl).to(device, dtype),
         "elbo of a number": fastelbo.ELBOLoss(beta=2, recon_logvar=0.3, impl=impl),
@@ -273,6 +279,10 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
         }.items()
     ),
     ("GaussianNLLLoss", "", lambda v, m, impl: m["nll"](v["recon"], v["x"], v["var"].expand(4, 2, 5))),
+    (
+        "AutoencoderKLLoss", "l1", lambda v, m, impl: m["l1"](v["recon"], v["x"], v["mu"].square(), weight=v["rows"].squeeze(1)),
+    ),
+    ("AutoencoderKLLoss", "l2", lambda v, m, impl: m["l2"](v["recon"], v["x"], v["mu"].square(), nll_divisor=3, kl_divisor=2.5)),
     ("Reparameterize", "", lambda v, m, impl: m["sample"](v["mu"], v["logvar"])),
     ("ELBOLoss", "learned", lambda v, m, impl: m["elbo"](v["recon"], v["x"], v["mu"], v["logvar"])),
     ("ELBOLoss", "number", lambda v, m, impl: m["elbo of a number"](v["recon"], v["x"], v["mu"], v["logvar"], prior_mu=0.5)),
