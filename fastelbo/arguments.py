@@ -102,6 +102,8 @@ def spread_of(family: str, recon_logvar: Any, recon_logscale: Any) -> tuple[str,
     for name, value in (("recon_logvar", recon_logvar), ("recon_logscale", recon_logscale)):
         if value is not None and name != takes:
             raise ValueError(f"{name} is given, but likelihood={family!r} takes {takes or 'none'}")
+    if isinstance(recon_logvar, str) and recon_logvar != "optimal":
+        raise TypeError(f"recon_logvar must be a number or a torch.Tensor, got str {recon_logvar!r}: the one string is 'optimal'")
     return ("recon_logscale", recon_logscale) if family == "laplace" else ("recon_logvar", recon_logvar)
 
 

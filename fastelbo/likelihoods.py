@@ -58,7 +58,7 @@ def laplace_nll(
     checks.tensor("offset", offset, recon.device)
     checks.broadcast("offset", offset, "recon", recon.shape)
     acc, (scale, _, number) = accumulate_dtype(nll, offset), arguments.variance("logscale", "logvar", logscale, recon)
-    inverse = math.exp(-number) if scale is None else torch.exp(-scale.to(acc))
+    inverse = math.exp(-number) if scale is None else torch.exp(-_present(weight, scale.to(acc)))
     each = _present(weight, offset.to(acc)) * inverse
     keep = plain(batch_dims) if reduction == "none" else 0
     added = _summed(each if weight is None else _present(weight, each) * weight, recon.shape, keep)

@@ -26,8 +26,16 @@ class Optimum(NamedTuple):
 
     def nll(self, half_squares: Tensor) -> Tensor:
         """Of half the sums of squares, of each row or of all: differentiable through sigma^2 too."""
-        variance = 2.0 * half_squares.sum() / self.total
-        return (half_squares / variance + (0.5 * self.of_rows) * (torch.log(variance) + self.constant)) * self.scale
+        squares, scale = 2.0 * half_squares.sum(), self.scale
+        if isinstance(self.total, Tensor):  # where no element is present, 1 keeps the rows and the slopes 0
+            nothing = self.total == 0
+            variance = torch.where(nothing, 1.0, squares / torch.where(nothing, 1.0, self.total))
+        else:
+            variance = squares / self.total
+        nll = half_squares / variance + (0.5 * self.of_rows) * (torch.log(variance) + self.constant)
+        if isinstance(scale, Tensor):  # a mean over nothing is NaN, and has no slopes
+            return torch.where(scale.isfinite(), nll * torch.where(scale.isfinite(), scale, 0.0), math.nan)
+        return nll * scale
 
 
 def optimum(shape: torch.Size, keep: int, weight: Tensor | None, scale: Factor, full: bool, acc: torch.dtype) -> Optimum:

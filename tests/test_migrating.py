@@ -40,6 +40,10 @@ def small(*shape: int) -> Tensor:
     return 0.5 * normal(*shape)
 
 
+def counted(*shape: int) -> Tensor:
+    return torch.poisson(3 * unit(*shape))
+
+
 def rising(*shape: int) -> Tensor:
     """From sample to sample further from 0, so that the KL of some is below the free bits and of others above."""
     return 0.5 * normal(*shape) * torch.linspace(0.1, 1.5, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
@@ -110,15 +114,18 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "step_mu": (rising, STEPS),
     "step_std": (rising_std, STEPS),
     "cells": (normal, CELLS),
-    "rate": (normal, CELLS),
     "spread": (positive, CELLS),
+    "rate": (positive, CELLS),
+    "theta": (positive, CELLS[1:]),
+    "zi_logits": (normal, CELLS),
+    "counts": (counted, CELLS),
     "library_mu": (normal, (B, 1)),
     "library_var": (positive, (B, 1)),
     "prior_library_mu": (normal, (B, 1)),
     "prior_library_var": (positive, (B, 1)),
 }
-# What no function differentiates: weights, masks and noise.
-CONSTANTS = {"clip_weight", "z_mask", "eps"}
+# What no function differentiates: weights, masks, noise and counts.
+CONSTANTS = {"clip_weight", "z_mask", "eps", "counts"}
 
 
 def blocks(text: str) -> list[tuple[int, str]]:

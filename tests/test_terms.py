@@ -134,6 +134,22 @@ def test_optimal_in_other_ways(backend: Backend) -> None:
         assert torch.autograd.gradgradcheck(call, wide)
 
 
+@each_backend
+def test_optimal_of_nothing(backend: Backend) -> None:
+    """Under a mask that is all False value and slopes are those of a fixed variance: 0, and of a mean NaN without slopes."""
+    recon, x, mu = (t.float().to(backend.device) for t in (drawn(3, 4), drawn(3, 4, seed=1), torch.zeros(3, 2)))
+    for mask in (torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 1)):
+        for reduction in ("none", "batchmean", "sum", "mean"):
+            found = []
+            for recon_logvar in ("optimal", 0.0):
+                leaf = recon.clone().requires_grad_()
+                options: Any = {"weight": mask.to(backend.device), "reduction": reduction, "impl": backend.impl}
+                loss = fastelbo.elbo_loss(leaf, x, mu, mu, recon_logvar=recon_logvar, **options)  # type: ignore[call-overload]
+                found.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+            torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+            assert bool((found[0][1] == 0).all())
+
+
 def test_optimal_compiles() -> None:
     v = [t.float().requires_grad_() for t in (drawn(4, 5), drawn(4, 5, seed=1), drawn(4, 2, seed=2), drawn(4, 2, seed=3))]
     call = lambda *v: fastelbo.elbo_loss(*v, recon_logvar="optimal", nll_scale=0.5, kl_scale=2)  # noqa: E731
@@ -146,7 +162,9 @@ def test_errors_of_optimal() -> None:
     x, mu = torch.zeros(3, 4), torch.zeros(3, 2)
     with pytest.raises(ValueError, match="recon_logvar is given, but likelihood='laplace' takes recon_logscale"):
         fastelbo.elbo_loss(x, x, mu, mu, likelihood="laplace", recon_logvar="optimal")
-    with pytest.raises(TypeError, match=r"recon_logvar must be a number or a torch.Tensor, got str"):
+    with pytest.raises(
+        TypeError, match=r"recon_logvar must be a number or a torch.Tensor, got str 'best': the one string is 'optimal'"
+    ):
         fastelbo.elbo_loss(x, x, mu, mu, recon_logvar="best")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="learned=True, but"):
         fastelbo.ELBOLoss(recon_logvar="optimal", learned=True)
@@ -245,6 +263,12 @@ def test_an_absent_offset() -> None:
     nll.sum().backward()
     assert offset.grad is not None
     assert offset.grad.tolist() == [[4.0], [0.0], [4.0]]
+    for absent in (math.nan, -200.0, math.inf):
+        logscale = torch.tensor([[0.0], [absent], [0.5]]).expand(3, 4).clone().requires_grad_()
+        fastelbo.laplace_nll(recon, x, logscale=logscale, offset=torch.ones(3, 1), weight=mask).sum().backward()
+        assert logscale.grad is not None
+        assert logscale.grad[1].tolist() == [0.0] * 4
+        assert bool(logscale.grad.isfinite().all())
     with pytest.raises(ValueError, match=r"offset has shape \(3,\), which does not broadcast to the shape \(3, 4\) of recon"):
         fastelbo.laplace_nll(recon, x, offset=torch.zeros(3))
     with pytest.raises(TypeError, match=r"offset must be a torch.Tensor, got float"):
