@@ -11,7 +11,7 @@ from .functional import (
     gaussian_nll,
 )
 from .latent import gaussian_kl, kl_divergence, reparameterize, reparameterize_kl
-from .likelihoods import bernoulli_nll, laplace_nll
+from .likelihoods import bernoulli_nll, discretized_logistic_nll, laplace_nll
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
 from .numerics.compare import compare
@@ -28,6 +28,7 @@ __all__ = [
     "Reparameterize",
     "bernoulli_nll",
     "compare",
+    "discretized_logistic_nll",
     "effective_beta",
     "elbo_loss",
     "elbo_terms",

@@ -32,12 +32,13 @@ def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
 
 
 def observed(
-    family: Family, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
-    batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
+    family: str, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
+    batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon", bins: tuple[Any, Any, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """Check the arguments of a negative log-likelihood, and return it.
 
     `tensors` are recon, which the user knows by `name`, and x; `spread` is a name, what it holds, and a value.
+    `bins` are those of x: how many, and the centres of the first and the last.
     """
     recon = tensors[0]
     x = arguments.below_samples(tensors[1], recon)
@@ -51,6 +52,8 @@ def observed(
     spec = Likelihood(keep, scale, parameter, number, bool(full), family=family)
     if is_image:
         spec = arguments.of_image(spec, *image, accumulate_dtype(recon, variance))
+    if bins is not None:
+        spec = spec._replace(bin=arguments.bin_of(*bins, accumulate_dtype(recon, x, variance)))
     return nll_of(NLLInputs(recon, x, variance, weight), spec, impl)
 
 

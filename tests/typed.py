@@ -55,6 +55,7 @@ assert_type(fastelbo.linear_elbo_loss(x, mu, logvar, weight, return_terms=flag),
 assert_type(fastelbo.linear_gaussian_nll(mu, weight, x, logvar=-1), Tensor)
 assert_type(fastelbo.laplace_nll(recon, x, logscale=nn.Parameter(torch.zeros(()))), Tensor)
 assert_type(fastelbo.bernoulli_nll(recon, x, reduction="batchmean"), Tensor)
+assert_type(fastelbo.discretized_logistic_nll(recon, x, logscale=-2, bins=np.int64(32), low=0), Tensor)
 fastelbo.elbo_loss(recon, x, mu, logvar, likelihood="laplace", recon_logscale=0.5).backward()
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)
 assert_type(fastelbo.schedules.cyclical(3, steps=10, cycles=2, rising=0.25, start=0, end=np.float32(2)), float)
