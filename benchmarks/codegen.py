@@ -136,6 +136,22 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         lambda: backward(fastelbo.negative_binomial_nll(randn(64, 768), torch.zeros(64, 768), theta=randn(768), reduction="sum")),
     )
     image = torch.zeros(64, 768, dtype=torch.uint8)
+
+    def bins(dtype: torch.dtype, logscale: Any, x: torch.Tensor, **options: Any) -> Any:
+        return fastelbo.discretized_logistic_nll(randn(64, 768, dtype=dtype), x, logscale=logscale, reduction="sum", **options)
+
+    yield "discretized_logistic_nll, learned scale", True, lambda: backward(bins(f32, randn(64, 768), torch.zeros(64, 768)))
+    yield "discretized_logistic_nll, fixed scale", True, lambda: backward(bins(f32, -5.0, torch.zeros(64, 768)))
+    yield (
+        "discretized_logistic_nll, per channel, image",
+        False,
+        lambda: backward(bins(f32, randn(768), image, x_scale=1 / 127.5, x_shift=-1)),
+    )
+    yield (
+        "discretized_logistic_nll, float64",
+        False,
+        lambda: backward(bins(f64, randn(64, 768, dtype=f64), torch.zeros(64, 768, dtype=f64))),
+    )
     yield "gaussian_nll, image", False, lambda: backward(fastelbo.gaussian_nll(randn(64, 768), image, x_scale=1 / 255))
     yield (
         "gaussian_nll, std",

@@ -13,7 +13,7 @@ from .functional import (
 )
 from .latent import gaussian_kl, kl_divergence, reparameterize, reparameterize_kl
 from .latent_diffusion import AutoencoderKLLoss
-from .likelihoods import bernoulli_nll, laplace_nll
+from .likelihoods import bernoulli_nll, discretized_logistic_nll, laplace_nll
 from .linear import linear_elbo_loss, linear_gaussian_nll
 from .modules import ELBOLoss, GaussianNLLLoss, LinearELBO, Reparameterize
 from .numerics.compare import compare
@@ -31,6 +31,7 @@ __all__ = [
     "Reparameterize",
     "bernoulli_nll",
     "compare",
+    "discretized_logistic_nll",
     "effective_beta",
     "elbo_loss",
     "elbo_terms",

@@ -95,6 +95,17 @@ def of_image(spec: Likelihood, x_scale: Any, x_shift: Any, acc: torch.dtype) -> 
     return spec._replace(x_scale=numbers[0], x_shift=numbers[1])
 
 
+def bin_of(count: Any, low: Any, high: Any, acc: torch.dtype) -> tuple[float, float, float]:
+    """Half a bin, where the first bin ends and where the last begins, as numbers of the dtype of the arithmetic."""
+    checks.bins(count, low, high)
+    low, high = float(plain(low)), float(plain(high))
+    half = (high - low) / (2 * (plain(count) - 1))
+    numbers = [half, low + half, high - half]
+    if acc == torch.float32 and not torch.compiler.is_compiling():
+        numbers = [float(np.float32(n)) for n in numbers]
+    return numbers[0], numbers[1], numbers[2]
+
+
 def spread_of(family: str, recon_logvar: Any, recon_logscale: Any) -> tuple[str, Any]:
     """The name and the value of what spreads the likelihood; a Bernoulli distribution has nothing of the kind."""
     checks.family(family)

@@ -163,6 +163,27 @@ def variance(name: str, parameter: str, value: Any, recon: Tensor, to: str = "re
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def constant_data(x: Any) -> None:
+    """Data whose likelihood is that of a bin, without a slope."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError("x requires grad, but the bin around it is a constant here: detach it")
+
+
+def bins(count: Any, low: Any, high: Any) -> None:
+    """How many bins there are, and the centres of the first and the last."""
+    given = plain(count)
+    if isinstance(given, bool) or not isinstance(given, INT):
+        raise TypeError(f"bins must be an int, got {type(count).__name__}")
+    if given < 2:
+        raise ValueError(f"bins must be at least 2, got {given}")
+    for name, value in (("low", low), ("high", high)):
+        centre = plain(value)
+        if isinstance(centre, bool) or not isinstance(centre, NUMBER):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low and high must be finite with low < high, got low={low} and high={high}")
+
+
 def family(likelihood: Any) -> None:
     if likelihood not in FAMILIES:
         raise ValueError(f"likelihood must be one of {', '.join(map(repr, FAMILIES))}, got {likelihood!r}")

@@ -1,4 +1,4 @@
-"""What every part of the package agrees on: the dtype of the arithmetic, what can be read at no cost, and one constant."""
+"""What every part of the package agrees on: the dtype of the arithmetic, what can be read at no cost, and constants."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+# Where the open side of a first or last bin lies, in units of the scale. At infinity the product with a slope of 0 would be NaN.
+OPEN = 1e30
 
 
 def plain(value: Any) -> Any:

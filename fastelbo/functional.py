@@ -16,7 +16,7 @@ from .dtypes import accumulate_dtype, plain
 from .optimal import Optimum, optimum
 from .specs import Backend, Elbo, ElboInputs, Likelihood, NLLInputs
 from .tracing import one_node
-from .types import Clamp, CountFamily, ElboOptions, Family, Impl, Number, Reduction
+from .types import Clamp, ElboOptions, Family, Impl, Number, Reduction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,14 +33,14 @@ def nll_of(inputs: NLLInputs, spec: Likelihood, impl: Impl | None) -> Tensor:
 
 
 def observed(
-    family: Family | CountFamily, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any,
-    reduction: Reduction, batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon",
-    zi_logits: Tensor | None = None,
+    family: str, tensors: tuple[Any, Any], spread: tuple[str, str, Any], full: bool, weight: Any, reduction: Reduction,
+    batch_dims: int, image: tuple[Any, Any], impl: Impl | None, name: str = "recon", zi_logits: Tensor | None = None,
+    bins: tuple[Any, Any, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """Check the arguments of a negative log-likelihood, and return it.
 
     `tensors` are recon, which the user knows by `name`, and x; `spread` is a name, what it holds, and a value. `zi_logits` have
-    recon's shape already.
+    recon's shape already. `bins` are those of x: how many, and the centres of the first and the last.
     """
     recon = tensors[0]
     x = arguments.below_samples(tensors[1], recon)
@@ -54,6 +54,8 @@ def observed(
     spec = Likelihood(keep, scale, parameter, number, bool(full), family=family)
     if is_image:
         spec = arguments.of_image(spec, *image, accumulate_dtype(recon, variance, zi_logits))
+    if bins is not None:
+        spec = spec._replace(bin=arguments.bin_of(*bins, accumulate_dtype(recon, x, variance)))
     return nll_of(NLLInputs(recon, x, variance, zi_logits, weight), spec, impl)
 
 

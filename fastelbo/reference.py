@@ -13,9 +13,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import LOG_2PI, accumulate_dtype, image
+from .dtypes import LOG_2PI, OPEN, accumulate_dtype, image
 from .noise import sample_noise
 from .specs import (
     COUNTS,
@@ -71,6 +72,22 @@ def counts_nll(mean: Tensor, x: Tensor, theta: Tensor | None, zi_logits: Tensor 
     return nll + torch.lgamma(x + 1) if full else nll
 
 
+def discretized_logistic_terms(recon: Tensor, x: Tensor, logscale: Tensor, bin: tuple[float, float, float]) -> list[Tensor]:
+    """Terms per element, in nats and never negative, whose sum is -log of a logistic distribution's mass in the bin around x.
+
+    Salimans et al. 2017, "PixelCNN++", section 2.1. With the edges a and b of the bin in units of the scale, and w = a - b,
+
+        sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^-w)        -log(1 - e^-w) = log(1 + e^-w / (1 - e^-w))
+    """
+    half, first, last = bin
+    inverse = torch.exp(-logscale)
+    a = torch.where(x > last, OPEN, (x - recon + half) * inverse)
+    b = torch.where(x < first, -OPEN, (x - recon - half) * inverse)
+    w = 2 * half * inverse
+    of_width = torch.log1p(torch.exp(-w) / -torch.expm1(-w))
+    return [-F.logsigmoid(a), -F.logsigmoid(-b), torch.where((x < first) | (x > last), 0.0, of_width)]
+
+
 def gaussian_kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) per element, in nats ([KW14] appendix B is the N(0, 1) case).
 
@@ -124,6 +141,9 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
         root = torch.exp(-0.5 * given)
         terms = (recon - x).abs() * root * root + given + (math.log(2.0) if spec.full else 0.0)
         return spec.scale * _reduce(terms, weight, spec.keep)
+    if spec.family == "discretized_logistic":
+        a, b, of_width = discretized_logistic_terms(recon, x, given, spec.bin)
+        return spec.scale * _reduce(a + b + of_width, weight, spec.keep)
     if spec.parameter == "var":
         given = given.clone()
         with torch.no_grad():

@@ -47,8 +47,11 @@ class Likelihood(NamedTuple):
     x_scale: float = 1.0
     x_shift: float = 0.0
     # "gaussian"; "laplace", whose `variance` and `logvar` are the logarithm of its scale; or "bernoulli", which has neither.
+    # "discretized_logistic" has such a scale, too.
     # Of counts: "poisson"; "negative_binomial" and "zero_inflated_negative_binomial", whose `variance` is the inverse dispersion.
     family: str = "gaussian"
+    # Of a "discretized_logistic": half a bin, where the first bin ends, where the last begins; numbers as those of an image.
+    bin: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class KL(NamedTuple):

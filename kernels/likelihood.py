@@ -15,23 +15,25 @@ import triton.language as tl
 import triton.language.core as core
 from torch import Tensor
 
-from fastelbo.dtypes import LOG_2PI, accumulate_dtype
+from fastelbo.dtypes import LOG_2PI, OPEN, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .counts import negative_binomial_math, poisson_math, poisson_slope, zero_inflated_math
 from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
-from .math import divide, exp, log, log1p_exp_and_sigmoid
+from .math import divide, exp, log, log1p_exp_and_sigmoid, minus_log1m_exp_and_ratio
 from .op import op_of
 from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
 # What p is: a Gaussian whose variance is a number, or a tensor of one of three kinds; a Laplace distribution whose scale is a
-# number, or a tensor of its logarithm; a Bernoulli distribution of logits; or, last, a distribution of counts.
-FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI, POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = (
-    tl.constexpr(i) for i in range(10)
+# number, or a tensor of its logarithm; a Bernoulli distribution of logits; the bins of a logistic distribution, whose scale is
+# given as Laplace's; or, last, a distribution of counts.
+FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI, BINS_FIXED, BINS, POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED = (
+    tl.constexpr(i) for i in range(12)
 )
 COUNTS = {"poisson": POISSON, "negative_binomial": NEGATIVE_BINOMIAL, "zero_inflated_negative_binomial": ZERO_INFLATED}
 PARAMETERS = {"logvar": LOGVAR, "std": STD, "var": VAR}
+FAR = tl.constexpr(OPEN)
 
 # Groups of rows whose sums over columns are partial, in the gradient of a per-dimension variance: few, since each writes a row of
 # partial sums, but enough for as many programs as fill a chip.
@@ -93,10 +95,12 @@ def plan_nll(
     factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
     image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
+    is_binned = spec.family == "discretized_logistic"
+    bin = tuple([scalar(f, acc, device) for f in (*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1]))]) if is_binned else None
     return Plan(
         nll_kernel,
         view.grid(programs),
-        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image),
+        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image, bin),
         NLLFlags(kind.value, spec.full and spec.family in COUNTS, terms.sink.value, of_variance.sink.value, view.block(acc)),
         terms,
         (tensors.d_recon, tensors.d_x, d_variance, tensors.d_zi_logits),
@@ -141,21 +145,31 @@ def kind_of(spec: Likelihood, has_variance: bool) -> tl.constexpr:
         return BERNOULLI
     if spec.family == "laplace":
         return LAPLACE if has_variance else LAPLACE_FIXED
+    if spec.family == "discretized_logistic":
+        return BINS if has_variance else BINS_FIXED
     return PARAMETERS[spec.parameter] if has_variance else FIXED
 
 
 def inverse_and_constant(spec: Likelihood, variance: Tensor | None) -> tuple[float, float]:
-    """1 / std, or the root of 1 / scale, and what is added to each term; what a tensor holds, the kernel takes from there."""
+    """1 / std, or 1 / scale or its root, and what is added to each term; what a tensor holds, the kernel takes from there."""
     if spec.family == "bernoulli" or spec.family in COUNTS:
         return 1.0, 0.0
     logvar = spec.logvar if variance is None else 0.0
+    is_binned = spec.family == "discretized_logistic"
     try:
-        inverse = math.exp(-0.5 * logvar)
+        inverse = math.exp(-logvar if is_binned else -0.5 * logvar)
     except OverflowError:
         inverse = math.inf
     if spec.family == "laplace":
         return inverse, (math.log(2.0) if spec.full else 0.0) + logvar
+    if is_binned:
+        return inverse, 0.0
     return inverse, (0.5 * LOG_2PI if spec.full else 0.0) + 0.5 * logvar
+
+
+def minus_log1m_exp(w: float) -> float:
+    """-log(1 - e^-w), free of cancellation."""
+    return math.log1p(math.exp(-w) / -math.expm1(-w)) if w else math.inf
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------------------
@@ -184,14 +198,15 @@ class NLLArgs(NamedTuple):
     variance_parts: Any  # of the variance's gradient. TOTAL: (programs,). ROWS: (rows, chunks). COLS: (groups of programs, cols)
     # Numbers, or pointers to one:
     gain: Any  # of every gradient
-    inverse: Any  # 1 / std, or the root of 1 / scale, where that is fixed
+    inverse: Any  # 1 / std, or 1 / scale or its root, where that is fixed
     constant: Any  # added to each term
     floor: Any  # of a VAR
     image: Any  # (scale, shift) of an x of uint8, otherwise None
+    bin: Any  # (half a bin, the first's end, the last's start, -log(1 - e^-w) where that is fixed) of BINS, otherwise None
 
 
 class NLLFlags(NamedTuple):
-    KIND: int  # FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, LAPLACE, BERNOULLI, POISSON, NEGATIVE_BINOMIAL, ZERO_INFLATED
+    KIND: int  # FIXED, LOGVAR, STD, VAR, LAPLACE_FIXED, ..., ZERO_INFLATED
     FULL: bool  # of counts: with lgamma(x + 1)
     TERMS: int  # where the terms go: NOTHING, TOTAL, ROWS, EACH
     D_VARIANCE: int  # and the variance's gradient: one of these, or COLS
@@ -253,6 +268,29 @@ def laplace_math(d, s, root, KIND: tl.constexpr):
 
 
 @triton.jit
+def bins_math(m, y, s, inverse, bin, KIND: tl.constexpr):
+    """For recon m and a bin around y, and the logarithm s of the scale: the term, its derivative in recon, and the one in s."""
+    half, first, last = read(bin[0], m.dtype), read(bin[1], m.dtype), read(bin[2], m.dtype)
+    if KIND == BINS:
+        inverse = exp(-s)
+    d = y - m
+    # The open side of the first and the last bin is far away.
+    a = tl.where(y > last, FAR, (d + half) * inverse)
+    b = tl.where(y < first, -FAR, (d - half) * inverse)
+    is_open = (y < first) | (y > last)
+    small_a, of_a = log1p_exp_and_sigmoid(-a)
+    small_b, of_b = log1p_exp_and_sigmoid(b)
+    term = tl.maximum(-a, 0.0) + tl.maximum(b, 0.0) + (small_a + small_b)
+    slope = (of_a - of_b) * inverse
+    if KIND == BINS:
+        w = 2.0 * half * inverse
+        of_width, q = minus_log1m_exp_and_ratio(w)
+        return term + tl.where(is_open, 0.0, of_width), slope, a * of_a - b * of_b + tl.where(is_open, 0.0, w * q)
+    else:
+        return term + tl.where(is_open, 0.0, read(bin[3], m.dtype)), slope, d
+
+
+@triton.jit
 def gaussian_math(d, v, inverse, floor, KIND: tl.constexpr):
     """For d = recon - x: the term without its constants, its derivative in recon, and the one in the variance's parameter v.
 
@@ -306,8 +344,11 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
                 zi_logits = load(t.zi_logits, tile, B)
             term, d_recon, d_variance, d_zi_logits = counts_math(y, m, v, zi_logits, C.KIND, C.FULL)
             d_x = d_recon
-        else:
+        elif args.bin is None:
             term, d_recon, d_x, d_variance = nll_math(m, y, v, inverse, floor, C.KIND)
+        else:
+            term, d_recon, d_variance = bins_math(m, y, v, inverse, args.bin, C.KIND)
+            d_x = m  # which nobody asks for
         term += constant
         g = gain
         if t.grad_output is not None:

@@ -141,6 +141,20 @@ def half_expm1_and_remainder(v):
 
 
 @triton.jit
+def minus_log1m_exp_and_ratio(w):
+    """(-log(1 - e**-w), 1 / (e**w - 1)) for a float32 or float64 block of positive w, free of cancellation at both ends."""
+    e = exp(-w)
+    # For small w the rounding of e is most of the error of 1 - e, and of log(e) too, so it cancels in their ratio (Kahan).
+    near, at_1 = e > 0.5, e == 1.0
+    top = tl.where(at_1, 1.0, tl.where(near, -log(tl.where(near, e, 1.0)) * e, e))
+    bottom = tl.where(at_1, w, tl.where(near, (1.0 - e) * w, 1.0 - e))
+    ratio = divide(top, bottom)
+    # The first is log(1 + ratio). The second summand is what u lost by rounding: all of a small ratio.
+    u = 1.0 + ratio
+    return log(u) + tl.where(ratio < 1.0, ratio - (u - 1.0), 0.0), ratio
+
+
+@triton.jit
 def log1p_gap(u, v):
     """u - log(1 + u), never negative, for a float32 or float64 block u and v = 1 + u, which the caller may know better than u."""
     near = (u > -0.5) & (u < 1.0)

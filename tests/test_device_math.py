@@ -46,6 +46,10 @@ def _probe(x_ptr, y_ptr, z_ptr, n, OP: tl.constexpr, BLOCK: tl.constexpr):
         a, b = fm.log1p_exp_and_sigmoid(x)
         tl.store(y_ptr + offs, a, mask)
         tl.store(z_ptr + offs, b, mask)
+    elif OP == "minus_log1m_exp_and_ratio":
+        a, b = fm.minus_log1m_exp_and_ratio(x)
+        tl.store(y_ptr + offs, a, mask)
+        tl.store(z_ptr + offs, b, mask)
     elif OP == "sincos_2pi":
         a, b = fm.sincos_2pi(x.to(tl.uint32))
         tl.store(y_ptr + offs, a, mask)
@@ -185,6 +189,16 @@ def test_against_mpmath(device: torch.device, dtype: type) -> None:
     assert ulps(run("log", np.abs(v), device)[0], exact(mpmath.log, np.abs(v))) < 2
     assert ulps(expm1, exact(lambda t: mpmath.expm1(t) / 2, v)) < 3
     assert ulps(remainder, exact(lambda t: (mpmath.expm1(t) - t) / 2, v)) < (3 if dtype == np.float32 else 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_minus_log1m_exp_and_the_ratio_are_within_4_ulp(device: torch.device, rounding: str, dtype: type) -> None:
+    w = np.concatenate([np.logspace(-30, -1, 500), np.random.default_rng(5).uniform(0, 3, 1000), np.linspace(3, 80, 300)]).astype(
+        dtype
+    )
+    minus_log, ratio = run("minus_log1m_exp_and_ratio", w, device)
+    assert ulps(minus_log, exact(lambda t: -mpmath.log(-mpmath.expm1(-t)), w)) < 4
+    assert ulps(ratio, exact(lambda t: 1 / mpmath.expm1(t), w)) < 4
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -60,6 +60,7 @@ assert_type(fastelbo.negative_binomial_nll(recon.exp(), x.round().abs(), theta=2
 assert_type(
     fastelbo.zero_inflated_negative_binomial_nll(recon.exp(), x.round().abs(), theta=torch.ones(6), zi_logits=recon), Tensor
 )
+assert_type(fastelbo.discretized_logistic_nll(recon, x, logscale=-2, bins=np.int64(32), low=0), Tensor)
 fastelbo.elbo_loss(recon, x, mu, logvar, likelihood="laplace", recon_logscale=0.5).backward()
 fastelbo.elbo_loss(recon, x, mu, logvar, recon_logvar="optimal", nll_scale=0.5, kl_scale=torch.tensor(2), batch_dims=1).backward()
 assert_type(fastelbo.effective_beta(1.0, elements=6), float)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype, on_host, widen
 from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
-from . import bernoulli_nll, counts, gaussian_nll, laplace_nll
+from . import bernoulli_nll, counts, discretized_logistic_nll, gaussian_nll, laplace_nll
 from . import walk as w
 
 TILES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "gaussian": gaussian_nll.tile,
     "laplace": laplace_nll.tile,
     "bernoulli": bernoulli_nll.tile,
+    "discretized_logistic": discretized_logistic_nll.tile,
     **counts.TILES,
 }
 
@@ -92,6 +93,7 @@ def nll_pass(
         # For sums, the residual and its ratio, what is widened, and what weights and other parameters need.
         temporaries = 1 + wider + (not needs[0]) + (not whole) + (given.dtype != acc)
         temporaries += 3 * (weight is not None) + 2 * (spec.parameter != "logvar")
+        temporaries += 6 * (spec.family == "discretized_logistic")  # both edges of a bin, and what is made of each
         found, gradients = w.walk(tile, each, memory, (sums, shared), acc, temporaries)
         nll, d_variance = found[0], gradients[2] if whole else found[1]
     if needs[2] and variance is not None:

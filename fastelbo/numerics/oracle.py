@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import specs
 from ..dtypes import LOG_2PI, image
 from ..noise import sample_noise
-from ..reference import logvar_of, present
+from ..reference import discretized_logistic_terms, logvar_of, present
 from ..specs import COUNTS, DIFFERENTIABLE, KL, Gradients, Likelihood, Needs
 from . import counts
 from .tolerance import Truth, arithmetic_of, arithmetic_of_layer, rounding_of_operands, widened
@@ -59,6 +59,9 @@ def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
     if spec.family == "laplace":
         terms = [variance, (recon - x).abs() * torch.exp(-variance)]
         terms += [torch.full_like(recon, math.log(2.0))] if spec.full else []
+        return terms if weight is None else [t * weight for t in terms]
+    if spec.family == "discretized_logistic":
+        terms = discretized_logistic_terms(recon, x, variance, spec.bin)
         return terms if weight is None else [t * weight for t in terms]
     if spec.parameter == "logvar":
         log, square = variance, (x - recon) ** 2 * torch.exp(-variance)

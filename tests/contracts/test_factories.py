@@ -174,6 +174,11 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
     ("gaussian_nll", "", lambda v, m, **o: fastelbo.gaussian_nll(v["recon"], v["x"], **o)),
     ("laplace_nll", "number", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=0.3, **o)),
     ("laplace_nll", "logscale", lambda v, m, **o: fastelbo.laplace_nll(v["recon"], v["x"], logscale=v["spread"], **o)),
+    ("discretized_logistic_nll", "number", lambda v, m, **o: fastelbo.discretized_logistic_nll(v["recon"], v["x"], bins=9, **o)),
+    (
+        "discretized_logistic_nll", "logscale",
+        lambda v, m, **o: fastelbo.discretized_logistic_nll(v["recon"], v["x"], logscale=v["spread"], **o),
+    ),
     ("bernoulli_nll", "", lambda v, m, **o: fastelbo.bernoulli_nll(v["recon"], v["x"], reduction="batchmean", **o)),
     ("poisson_nll", "", lambda v, m, **o: fastelbo.poisson_nll(v["recon"].exp(), v["x"].abs().round().detach(), **o)),
     (

@@ -73,7 +73,10 @@ def test_mean_divides_by_the_sum_of_the_weights(backend: Backend, pattern: str) 
         compare(name, backend, "chunk1", "float32", {"reduction": "mean"}, weight=f"{kind}:{pattern}", seed=7)
 
 
-@pytest.mark.parametrize("function", ["gaussian_kl", "gaussian_nll", "laplace_nll", "bernoulli_nll", "elbo_loss", "elbo_terms"])
+@pytest.mark.parametrize(
+    "function",
+    ["gaussian_kl", "gaussian_nll", "laplace_nll", "bernoulli_nll", "discretized_logistic_nll", "elbo_loss", "elbo_terms"],
+)
 @each_backend
 def test_a_mean_over_nothing_has_no_slopes(backend: Backend, function: str) -> None:
     recon, mu, logvar = (torch.randn(2, n, device=backend.device).requires_grad_() for n in (5, 3, 3))
@@ -86,6 +89,7 @@ def test_a_mean_over_nothing_has_no_slopes(backend: Backend, function: str) -> N
         "gaussian_nll": lambda: (fastelbo.gaussian_nll(recon, x, logvar=spread, **none), [recon, spread]),
         "laplace_nll": lambda: (fastelbo.laplace_nll(recon, x, logscale=spread, **none), [recon, spread]),
         "bernoulli_nll": lambda: (fastelbo.bernoulli_nll(recon, x, **none), [recon]),
+        "discretized_logistic_nll": lambda: (fastelbo.discretized_logistic_nll(recon, x, logscale=spread, **none), [recon, spread]),
         "elbo_loss": lambda: (fastelbo.elbo_loss(recon, x, mu, logvar, **both), [recon, mu, logvar]),
         "elbo_terms": lambda: (fastelbo.elbo_terms(recon, x, mu, logvar, **both), [recon, mu, logvar]),
     }[function]()
