@@ -44,6 +44,11 @@ def counted(*shape: int) -> Tensor:
     return torch.poisson(3 * unit(*shape))
 
 
+def eight_bits(*shape: int) -> Tensor:
+    """Grey levels from 0 to 1, black and white among them."""
+    return torch.randint(0, 256, shape).double().div(255).where(unit(*shape) > 0.2, unit(*shape).round())
+
+
 def rising(*shape: int) -> Tensor:
     """From sample to sample further from 0, so that the KL of some is below the free bits and of others above."""
     return 0.5 * normal(*shape) * torch.linspace(0.1, 1.5, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
@@ -67,6 +72,9 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "recon_logvar": (small, IMAGE),
     "prior_recon": (normal, IMAGE),
     "prior_recon_logvar": (small, IMAGE),
+    "pixels": (eight_bits, IMAGE),
+    "centre": (small, IMAGE),
+    "log_scales": (small, IMAGE),
     "recons": (normal, (B, 6, *IMAGE[1:])),
     "perceptual": (unit, (B, 1, 1, 1)),
     "logscale": (small, ()),
@@ -125,7 +133,11 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "prior_library_var": (positive, (B, 1)),
 }
 # What no function differentiates: weights, masks, noise and counts.
-CONSTANTS = {"clip_weight", "z_mask", "eps", "counts"}
+CONSTANTS = {"clip_weight", "pixels", "z_mask", "eps", "counts"}
+
+
+# Of a difference of two sigmoids that are nearly equal float32 keeps three digits in today's formula.
+CANCELS = {"The discretised logistic of NVAE"}
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
@@ -173,6 +185,8 @@ def compare(title: str, inputs: dict[str, Tensor], options: dict[str, Any]) -> T
     gradients = [torch.autograd.grad(result[0], list(leaves.values())) for result in (before, after)]
     # In float32 the usual formula rounds: its KL cancels, and its sums are of hundreds of terms.
     rtol, share = (1e-10, 1e-12) if dtype == torch.float64 else (2e-5, 2e-6)
+    if dtype == torch.float32 and title in CANCELS:
+        rtol, share = 5e-3, 5e-4
     named = [(f"output {i}", *both) for i, both in enumerate(zip(before, after, strict=True))]
     named += [(name, *both) for name, *both in zip(leaves, *gradients, strict=True)]
     for name, expected, actual in named:
