@@ -45,7 +45,7 @@ ALLOWED = {
     "schedules": {"dtypes", "types"},
     # On top of all.
     "numerics": PUBLIC
-    | {"reference", "functional", "latent", "drop_in", "linear", "distributions", "estimators", "eager", "kernels"},
+    | {"reference", "functional", "latent", "drop_in", "likelihoods", "linear", "distributions", "estimators", "eager", "kernels"},
     "fastelbo": {
         "schedules",
         "densities",

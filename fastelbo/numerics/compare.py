@@ -50,10 +50,14 @@ INTERPRETED_SHAPES = ((97, 1), (8, 300), (3, 5, 7, 3))  # a launch takes Triton'
 LARGE = (2, 540_001)
 MAX_ELEMENTS = 2**24  # the oracle holds some twenty float64 tensors of that size
 POINTS = 16  # of a profile
-SPREADS = ("logvar", "recon_logvar", "logstd", "std", "var")
+SPREADS = ("logvar", "recon_logvar", "logscale", "logstd", "std", "var")
 # Of a log-variance, what it is as each.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logstd": lambda t: 0.5 * t, "std": lambda t: torch.exp(0.5 * t), "var": torch.exp,
+    "logscale": lambda t: 0.5 * t, "logstd": lambda t: 0.5 * t, "std": lambda t: torch.exp(0.5 * t), "var": torch.exp,
+}  # fmt: skip
+# Data that is not drawn from a normal distribution, of numbers from 0 to 1.
+DATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli_nll": lambda t: t, "discretized_logistic_nll": lambda t: (256 * t).floor() / 127.5 - 1,
 }  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -84,7 +88,9 @@ class Case:
         for name in self.op.args:
             size = self.op.size(name, self.shape)
             v[name] = lo + (hi - lo) * torch.rand(size, **options) if name in SPREADS else torch.randn(size, **options)
-            if name == "mu":
+            if name == "x" and self.op.function in DATA:
+                v[name] = DATA[self.op.function](torch.rand(size, **options))
+            elif name == "mu":
                 v[name] *= min(1.0, max(abs(lo), abs(hi)))  # near the prior its means are near too
             elif name == "weight":
                 v[name] *= size[1] ** -0.5  # each column of the reconstruction is about as large as x
@@ -313,7 +319,7 @@ def profile(op: Op, v: Values, result: str, fused: Tensor, eager: Tensor) -> lis
         at = torch.log(at / v[f"prior_{name}"].double() if f"prior_{name}" in v else at)
     elif f"prior_{name}" in v:
         at = at - v[f"prior_{name}"].double()
-    at = 2 * at if name in ("logstd", "std") else at
+    at = 2 * at if name in ("logscale", "logstd", "std") else at
     if at.numel() != fused.numel():
         return []
     # What is drawn has no order, so that any few thousand elements are a fair sample.
