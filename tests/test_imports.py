@@ -49,7 +49,19 @@ ALLOWED = {
     "integrations": {"types", "functional", "latent", "distributions"},
     # On top of all.
     "numerics": PUBLIC
-    | {"reference", "functional", "latent", "drop_in", "linear", "distributions", "estimators", "eager", "kernels"},
+    | {
+        "reference",
+        "functional",
+        "latent",
+        "drop_in",
+        "likelihoods",
+        "counts",
+        "linear",
+        "distributions",
+        "estimators",
+        "eager",
+        "kernels",
+    },
     "fastelbo": {
         "schedules",
         "densities",

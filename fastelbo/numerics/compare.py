@@ -50,10 +50,18 @@ INTERPRETED_SHAPES = ((97, 1), (8, 300), (3, 5, 7, 3))  # a launch takes Triton'
 LARGE = (2, 540_001)
 MAX_ELEMENTS = 2**24  # the oracle holds some twenty float64 tensors of that size
 POINTS = 16  # of a profile
-SPREADS = ("logvar", "recon_logvar", "logstd", "std", "var")
+SPREADS = ("logvar", "recon_logvar", "logscale", "theta", "logstd", "std", "var")
 # Of a log-variance, what it is as each.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logstd": lambda t: 0.5 * t, "std": lambda t: torch.exp(0.5 * t), "var": torch.exp,
+    "logscale": lambda t: 0.5 * t, "logstd": lambda t: 0.5 * t, "std": lambda t: torch.exp(0.5 * t), "var": torch.exp,
+    "theta": lambda t: torch.exp(0.2 * t),
+}  # fmt: skip
+# Data that is not drawn from a normal distribution, of numbers from 0 to 1. Counts are mostly small.
+DATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli_nll": lambda t: t, "discretized_logistic_nll": lambda t: (256 * t).floor() / 127.5 - 1,
+    **dict.fromkeys(
+        ("poisson_nll", "negative_binomial_nll", "zero_inflated_negative_binomial_nll"), lambda t: (-3 * torch.log1p(-t)).floor()
+    ),
 }  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -84,7 +92,11 @@ class Case:
         for name in self.op.args:
             size = self.op.size(name, self.shape)
             v[name] = lo + (hi - lo) * torch.rand(size, **options) if name in SPREADS else torch.randn(size, **options)
-            if name == "mu":
+            if name == "x" and self.op.function in DATA:
+                v[name] = DATA[self.op.function](torch.rand(size, **options))
+            elif name in ("rate", "mean"):
+                v[name] = torch.exp(v[name])
+            elif name == "mu":
                 v[name] *= min(1.0, max(abs(lo), abs(hi)))  # near the prior its means are near too
             elif name == "weight":
                 v[name] *= size[1] ** -0.5  # each column of the reconstruction is about as large as x
@@ -95,7 +107,7 @@ class Case:
         for name, t in v.items():
             form = name.removeprefix("prior_")
             t = FORMS[form](t) if form in FORMS else t
-            lowest = info.smallest_normal if form in ("std", "var") else info.min
+            lowest = info.smallest_normal if form in ("std", "var", "theta", "rate", "mean") else info.min
             # z in mu's dtype goes into the products. An infinite one leaves nothing to compare.
             highest = 2 * math.log(info.max / 8) if self.op.is_linear and name == "logvar" and "mu" in v else info.max
             v[name] = t.clamp(lowest, highest).to(self.dtype)
@@ -216,7 +228,7 @@ def run_case(case: Case) -> list[Row]:
     calls: dict[str, Callable[[Values], list[Tensor]]] = {"fused": functools.partial(op.fused, case.impl), "eager": op.usual}
     if halves:
         calls["widened"] = lambda v: op.usual(v | {name: v[name].float() for name in halves} | held)
-    if op.results != ["z"]:
+    if op.results != ["z"] and op.has_library:
         calls["library"] = op.library
     found = {who: differentiate(call, here, op.learned, ups) for who, call in calls.items()}
     truths = op.truth(v | {name: t.cpu() for name, t in held.items()}, ups)
@@ -309,11 +321,11 @@ def profile(op: Op, v: Values, result: str, fused: Tensor, eager: Tensor) -> lis
         return []
     (name,) = spreads
     at = v[name].double()
-    if name in ("std", "var"):
+    if name in ("std", "var", "theta"):
         at = torch.log(at / v[f"prior_{name}"].double() if f"prior_{name}" in v else at)
     elif f"prior_{name}" in v:
         at = at - v[f"prior_{name}"].double()
-    at = 2 * at if name in ("logstd", "std") else at
+    at = 2 * at if name in ("logscale", "logstd", "std") else at
     if at.numel() != fused.numel():
         return []
     # What is drawn has no order, so that any few thousand elements are a fair sample.

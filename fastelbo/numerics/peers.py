@@ -11,10 +11,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import (
+    AffineTransform,
+    Laplace,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+    SigmoidTransform,
+    TransformedDistribution,
+    Uniform,
+    kl_divergence,
+)
 
-from .. import drop_in, functional, latent, linear, specs
-from ..dtypes import LOG_2PI
+from .. import counts, drop_in, functional, latent, likelihoods, linear, specs
+from ..arguments import bin_of
+from ..dtypes import LOG_2PI, accumulate_dtype
 from ..reference import reparameterize
 from .oracle import Oracle
 
@@ -25,6 +36,11 @@ FIXED = -2.0  # the log-variance of the ops with a fixed variance
 FLOOR = 1e-6  # of gaussian_nll_loss
 ZERO, ONE = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
 CONSTANTS = ("eps",)  # what gets no gradient
+# The likelihoods that are not Gaussian, and the module of each; those of counts, and of bins, have constant data.
+COUNTED = ("poisson_nll", "negative_binomial_nll", "zero_inflated_negative_binomial_nll")
+FAMILIES: dict[str, Any] = {
+    **dict.fromkeys(("laplace_nll", "bernoulli_nll", "discretized_logistic_nll"), likelihoods), **dict.fromkeys(COUNTED, counts),
+}  # fmt: skip
 HIDDEN = 20  # the width of a linear layer's input, which no shape says, except for WEIGHTS
 WEIGHTS = 2**20  # the most elements that a weight has without being larger than x
 
@@ -50,6 +66,41 @@ def kl_of_normals(form: str, mu: Tensor, spread: Tensor, prior_mu: Tensor | None
     return kl_divergence(Normal(mu, q, validate_args=False), Normal(zero if prior_mu is None else prior_mu, p, validate_args=False))
 
 
+def bins_of_pixelcnn(recon: Tensor, x: Tensor, logscale: Tensor) -> Tensor:
+    """As PixelCNN++ has it: the density stands in for the mass of a bin where that is small."""
+    d, inverse = x - recon, torch.exp(-logscale)
+    a, b, middle = inverse * (d + 1 / 255), inverse * (d - 1 / 255), inverse * d
+    mass = torch.sigmoid(a) - torch.sigmoid(b)
+    density = middle - logscale - 2 * F.softplus(middle) - math.log(127.5)
+    inner = torch.where(mass > 1e-5, torch.log(mass.clamp(min=1e-12)), density)
+    return -torch.where(x < -0.999, a - F.softplus(a), torch.where(x > 0.999, -F.softplus(b), inner))
+
+
+def bins_of_logistic(recon: Tensor, x: Tensor, logscale: Tensor) -> Tensor:
+    """Of the logistic distribution that torch's documentation makes of a uniform one."""
+    uniform = Uniform(torch.zeros_like(recon), torch.ones_like(recon), validate_args=False)
+    steps = [SigmoidTransform().inv, AffineTransform(recon, torch.exp(logscale))]
+    logistic = TransformedDistribution(uniform, steps, validate_args=False)
+    upto = torch.where(x > 0.999, 1.0, logistic.cdf(x + 1 / 255))
+    return -torch.log(upto - torch.where(x < -0.999, 0.0, logistic.cdf(x - 1 / 255)))
+
+
+def negative_binomial(mean: Tensor, x: Tensor, theta: Tensor) -> Tensor:
+    """As scvi-tools has it, without the eps inside its logarithms."""
+    total = torch.log(theta + mean)
+    nll = -theta * (torch.log(theta) - total) - x * (torch.log(mean) - total)
+    return nll - torch.lgamma(x + theta) + torch.lgamma(theta) + torch.lgamma(x + 1)
+
+
+def zero_inflated(mean: Tensor, x: Tensor, theta: Tensor, zi_logits: Tensor) -> Tensor:
+    """Likewise."""
+    softplus, total = F.softplus(-zi_logits), torch.log(theta + mean)
+    at_zero = -zi_logits + theta * (torch.log(theta) - total)
+    others = at_zero - softplus + x * (torch.log(mean) - total)
+    others = others + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return -torch.where(x == 0, F.softplus(at_zero) - softplus, others)
+
+
 # The KL by the form of its spreads, and the likelihood by what its variance is.
 USUAL: Formulas = {
     "kl": lambda mu, logvar: -0.5 * (1 + logvar - mu**2 - logvar.exp()),
@@ -67,6 +118,12 @@ USUAL: Formulas = {
     "logvar": lambda recon, x, logvar: 0.5 * (LOG_2PI + logvar + (x - recon) ** 2 / logvar.exp()),
     "std": lambda recon, x, std: 0.5 * LOG_2PI + torch.log(std) + 0.5 * ((x - recon) / std) ** 2,
     "var": lambda recon, x, var: 0.5 * (LOG_2PI + torch.log(var) + (x - recon) ** 2 / var),
+    "laplace": lambda recon, x, logscale: (x - recon).abs() / logscale.exp() + logscale + math.log(2.0),
+    "bernoulli": lambda logits, x: F.softplus(logits) - x * logits,
+    "poisson": lambda rate, x: rate - x * torch.log(rate) + torch.lgamma(x + 1),
+    "negative_binomial": negative_binomial,
+    "zero_inflated_negative_binomial": zero_inflated,
+    "discretized_logistic": bins_of_pixelcnn,
     "loss": lambda input, target, var: 0.5 * (torch.log(with_floor(var)) + (input - target) ** 2 / with_floor(var)),
 }
 TORCH: Formulas = {
@@ -77,6 +134,13 @@ TORCH: Formulas = {
     "logvar": lambda recon, x, logvar: -normal(recon, logvar).log_prob(x),
     "std": lambda recon, x, std: -Normal(recon, std, validate_args=False).log_prob(x),
     "var": lambda recon, x, var: F.gaussian_nll_loss(recon, x, var, full=True, eps=0.0, reduction="none"),
+    "laplace": lambda recon, x, logscale: -Laplace(recon, torch.exp(logscale), validate_args=False).log_prob(x),
+    "bernoulli": lambda logits, x: F.binary_cross_entropy_with_logits(logits, x, reduction="none"),
+    "poisson": lambda rate, x: -Poisson(rate, validate_args=False).log_prob(x),
+    "negative_binomial": lambda mean, x, theta: (
+        -NegativeBinomial(theta, logits=torch.log(mean / theta), validate_args=False).log_prob(x)
+    ),
+    "discretized_logistic": bins_of_logistic,
     "loss": lambda input, target, var: F.gaussian_nll_loss(input, target, var, reduction="none"),
 }
 
@@ -115,12 +179,23 @@ class Op:
 
     @property
     def learned(self) -> list[str]:
-        return [name for name in self.args if name not in CONSTANTS]
+        constants = (*CONSTANTS, "x") if self.function in ("discretized_logistic_nll", *COUNTED) else CONSTANTS
+        return [name for name in self.args if name not in constants]
+
+    @property
+    def family(self) -> str:
+        """The likelihood's."""
+        return self.function.removesuffix("_nll") if self.function in FAMILIES else "gaussian"
+
+    @property
+    def has_library(self) -> bool:
+        """Whether torch has it: no zero-inflated distribution."""
+        return self.family in TORCH or self.family == "gaussian"
 
     @property
     def variance(self) -> str:
         """The argument that is the likelihood's variance, or "fixed"."""
-        names = ("std", "var", "recon_logvar" if "mu" in self.args else "logvar")
+        names = ("std", "var", "logscale", "theta", "recon_logvar" if "mu" in self.args else "logvar")
         return next((name for name in names if name in self.args), "fixed")
 
     @property
@@ -145,6 +220,7 @@ class Op:
         if self.name.endswith("/fixed"):
             options["recon_logvar" if "mu" in self.args else "logvar"] = FIXED
         homes = {"gaussian_nll_loss": drop_in, "gaussian_kl": latent, "reparameterize": latent, "reparameterize_kl": latent}
+        homes |= FAMILIES
         home = linear if self.is_linear else homes.get(self.function, functional)
         out = getattr(home, self.function)(**v, **options)
         return list(out) if isinstance(out, tuple) else [out]
@@ -162,7 +238,8 @@ class Op:
             else:
                 recon, x = (decoded(v), v["x"]) if self.is_linear else (v[n] for n in list(self.args)[:2])
                 kind = "loss" if self.function == "gaussian_nll_loss" else self.variance.removeprefix("recon_")
-                each = formulas[kind](recon, x, *(v[n] for n in (self.variance,) if n in v))
+                kind = kind if self.family == "gaussian" else self.family
+                each = formulas[kind](recon, x, *(v[n] for n in (self.variance, "zi_logits") if n in v))
             if self.reduction == "mean":
                 return each.mean()
             total = each.reshape(len(each), -1).sum(1)
@@ -179,9 +256,10 @@ class Op:
         keep, scale = {"sample": (1, 1.0), "batchmean": (0, 1 / len(first)), "mean": (0, 1 / first.numel())}[self.reduction]
         kl = specs.KL(keep, scale, parameter=self.form)
         nll = specs.Likelihood(keep, scale, self.variance if self.variance in ("std", "var") else "logvar", FIXED)
+        nll = nll._replace(family=self.family, bin=bin_of(256, -1, 1, accumulate_dtype(*v.values())))
         record: Any
         op, record, spec = {
-            "gaussian_nll": ("likelihood", specs.NLLInputs, nll),
+            **dict.fromkeys(("gaussian_nll", *FAMILIES), ("likelihood", specs.NLLInputs, nll)),
             "gaussian_nll_loss": ("likelihood", specs.NLLInputs, nll._replace(full=False, floor=FLOOR)),
             "elbo_terms": ("elbo_terms", specs.ElboInputs, specs.Elbo(nll, kl)),
             "elbo_loss": ("elbo", specs.ElboInputs, specs.Elbo(nll, kl)),
@@ -189,7 +267,7 @@ class Op:
             "linear_elbo_loss": ("linear_elbo", specs.LinearElboInputs, specs.LinearElbo(specs.Linear(nll), kl)),
         }.get(self.function, ("latent", specs.LatentInputs, specs.Latent(kl, "kl" in self.results)))
 
-        names = {"input": "recon", "target": "x", self.variance: "variance"}
+        names = {**dict.fromkeys(("input", "logits", "rate", "mean"), "recon"), "target": "x", self.variance: "variance"}
         if op == "latent":
             names = {self.form: "spread", f"prior_{self.form}": "prior_spread"}
         fields = {name: names.get(name, name) for name in v}
@@ -216,6 +294,12 @@ OPS = tuple(
         ("gaussian_nll/logvar", "recon:x x:x logvar:x", "nll", "sample"),
         ("gaussian_nll/std", "recon:x x:x std:x", "nll", "sample"),
         ("gaussian_nll/var", "recon:x x:x var:x", "nll", "sample"),
+        ("laplace_nll", "recon:x x:x logscale:x", "nll", "sample"),
+        ("bernoulli_nll", "logits:x x:x", "nll", "sample"),
+        ("poisson_nll", "rate:x x:x", "nll", "sample"),
+        ("negative_binomial_nll", "mean:x x:x theta:x", "nll", "sample"),
+        ("zero_inflated_negative_binomial_nll", "mean:x x:x theta:x zi_logits:x", "nll", "sample"),
+        ("discretized_logistic_nll", "recon:x x:x logscale:x", "nll", "sample"),
         ("gaussian_nll_loss", "input:x target:x var:x", "nll", "mean"),
         ("elbo_terms", "recon:x x:x recon_logvar:x mu:z logvar:z", "nll kl", "batchmean"),
         ("elbo_loss/fixed", "recon:x x:x mu:z logvar:z", "loss", "batchmean"),
