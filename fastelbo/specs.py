@@ -46,8 +46,8 @@ class Likelihood(NamedTuple):
     # "gaussian"; "laplace", whose `variance` and `logvar` are the logarithm of its scale; or "bernoulli", which has neither.
     # "discretized_logistic" has such a scale, too.
     family: str = "gaussian"
-    # Of a "discretized_logistic": half a bin, where the first bin ends, where the last begins; numbers as those of an image.
-    bin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # Of a "discretized_logistic" only: half a bin, where the first bin ends, where the last begins; numbers as those of an image.
+    bin: tuple[float, float, float] | None = None
 
 
 class KL(NamedTuple):
