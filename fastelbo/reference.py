@@ -142,6 +142,7 @@ def nll(inputs: NLLInputs, spec: Likelihood) -> Tensor:
         terms = (recon - x).abs() * root * root + given + (math.log(2.0) if spec.full else 0.0)
         return spec.scale * _reduce(terms, weight, spec.keep)
     if spec.family == "discretized_logistic":
+        assert spec.bin is not None
         a, b, of_width = discretized_logistic_terms(recon, x, given, spec.bin)
         return spec.scale * _reduce(a + b + of_width, weight, spec.keep)
     if spec.parameter == "var":

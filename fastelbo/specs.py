@@ -50,8 +50,8 @@ class Likelihood(NamedTuple):
     # "discretized_logistic" has such a scale, too.
     # Of counts: "poisson"; "negative_binomial" and "zero_inflated_negative_binomial", whose `variance` is the inverse dispersion.
     family: str = "gaussian"
-    # Of a "discretized_logistic": half a bin, where the first bin ends, where the last begins; numbers as those of an image.
-    bin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # Of a "discretized_logistic" only: half a bin, where the first bin ends, where the last begins; numbers as those of an image.
+    bin: tuple[float, float, float] | None = None
 
 
 class KL(NamedTuple):

@@ -95,8 +95,9 @@ def plan_nll(
     factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
     image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
-    is_binned = spec.family == "discretized_logistic"
-    bin = tuple([scalar(f, acc, device) for f in (*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1]))]) if is_binned else None
+    bin = None
+    if spec.bin is not None:
+        bin = tuple([scalar(f, acc, device) for f in (*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1]))])
     return Plan(
         nll_kernel,
         view.grid(programs),

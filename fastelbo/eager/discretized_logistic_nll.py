@@ -31,6 +31,7 @@ def tile(
     nll = slopes = None
     shape, recon, x = logscale.shape, widen(recon, acc), image(x, spec.x_scale, spec.x_shift, acc)
     recon, x, logscale = (w.present(weight, t) for t in (recon, x, widen(logscale, acc)))
+    assert spec.bin is not None
     half, first, last = spec.bin
     is_first, is_last = x < first, x > last
     inverse, d = torch.exp(-logscale), x - recon

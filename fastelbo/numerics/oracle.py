@@ -61,6 +61,7 @@ def nll_terms(inputs: specs.NLLInputs, spec: Likelihood) -> list[Tensor]:
         terms += [torch.full_like(recon, math.log(2.0))] if spec.full else []
         return terms if weight is None else [t * weight for t in terms]
     if spec.family == "discretized_logistic":
+        assert spec.bin is not None
         terms = discretized_logistic_terms(recon, x, variance, spec.bin)
         return terms if weight is None else [t * weight for t in terms]
     if spec.parameter == "logvar":

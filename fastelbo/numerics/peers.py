@@ -256,7 +256,9 @@ class Op:
         keep, scale = {"sample": (1, 1.0), "batchmean": (0, 1 / len(first)), "mean": (0, 1 / first.numel())}[self.reduction]
         kl = specs.KL(keep, scale, parameter=self.form)
         nll = specs.Likelihood(keep, scale, self.variance if self.variance in ("std", "var") else "logvar", FIXED)
-        nll = nll._replace(family=self.family, bin=bin_of(256, -1, 1, accumulate_dtype(*v.values())))
+        nll = nll._replace(family=self.family)
+        if self.family == "discretized_logistic":
+            nll = nll._replace(bin=bin_of(256, -1, 1, accumulate_dtype(*v.values())))
         record: Any
         op, record, spec = {
             **dict.fromkeys(("gaussian_nll", *FAMILIES), ("likelihood", specs.NLLInputs, nll)),
