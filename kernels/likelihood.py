@@ -261,6 +261,8 @@ def laplace_math(d, s, root, KIND: tl.constexpr):
         root = exp(-0.5 * s)
     r = tl.abs(d) * root * root
     inverse = root * root
+    if KIND == LAPLACE:
+        inverse = exp(-s)  # rounded once; where it overflows, so does the slope
     slope = tl.where(d > 0.0, inverse, tl.where(d < 0.0, -inverse, d))  # NaN stays NaN
     if KIND == LAPLACE:
         return r + s, slope, 1.0 - r

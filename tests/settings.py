@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,3 +133,9 @@ def arguments(names: list[str], device: torch.device) -> list[torch.Tensor]:
         shape = (2, 6) if name == "moments" else broadcast_shape(pattern or "element", (2, 3))
         out.append((draw(name, shape, generator) * (1.0 if name in ("std", "var") else 0.7)).to(device).requires_grad_())
     return out
+
+
+def in_turn(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Every pair of the first two, with the values of the others going round at speeds of their own."""
+    pairs = enumerate(itertools.product(first, second))
+    return [(*pair, *(t[(i // k + i // len(t)) % len(t)] for k, t in enumerate(others, 1))) for i, pair in pairs]

@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 from cases import LAYOUTS, Backend, each_backend, reduced
+from settings import in_turn
 from test_likelihoods import PATTERNS, REDUCTIONS, SHAPE, drawn, leaves, same, tolerance
 from torch import Tensor
 
@@ -125,12 +126,12 @@ def test_the_probabilities_of_all_bins_sum_to_1(backend: Backend, bins: int, low
         assert bool(((-nll).exp().sum(1) - 1).abs().max() < 1e-12 + rounding)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("pattern", "dtype", "reduction", "masked"), in_turn(list(PATTERNS), DTYPES, REDUCTIONS, [False, True]))
 @each_backend
-def test_reductions(backend: Backend, pattern: str, masked: bool, reduction: Any, dtype: torch.dtype) -> None:
+def test_reductions(backend: Backend, pattern: str, dtype: torch.dtype, reduction: Any, masked: bool) -> None:
     shape = PATTERNS[pattern]
     spreads = [] if shape is None else [0.5 * drawn(*shape, seed=2) - 1]
     given, wide = leaves(backend, dtype, drawn(*SHAPE), *spreads)
