@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cases import FORMS, OPS, PATTERNS, Backend, Op, Values, accumulated, assert_close, broadcast_shape, check, draw, make
+from torch import Tensor
 
 import fastelbo
 
@@ -139,3 +140,22 @@ def in_turn(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any])
     """Every pair of the first two, with the values of the others going round at speeds of their own."""
     pairs = enumerate(itertools.product(first, second))
     return [(*pair, *(t[(i // k + i // len(t)) % len(t)] for k, t in enumerate(others, 1))) for i, pair in pairs]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def same(call: Callable[..., Any], written: Callable[..., Any], inputs: list[Tensor], backend: Backend, rtol: float = 3e-6) -> None:
+    """Values and gradients of `call` in float32, and of `written` in float64, on the same numbers."""
+    found = []
+    for function, dtype in ((call, torch.float32), (written, torch.float64)):
+        leaves = [t.detach().float().to(backend.device, dtype).requires_grad_() for t in inputs]
+        outputs = function(*leaves)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        ups = [drawn(*o.shape, seed=9).to(o) if o.ndim else torch.ones_like(o) for o in outputs]
+        slopes = torch.autograd.grad(outputs, leaves, ups, allow_unused=True)
+        found.append([*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, slopes, strict=True))])
+    for got, want in zip(*found, strict=True):
+        assert got.shape == want.shape
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.detach().abs().max()))

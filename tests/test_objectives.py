@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FORMS, Backend, each_backend
+from settings import drawn, same
 from torch import Tensor
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl
@@ -21,25 +22,6 @@ INTO: dict[str, Callable[[Tensor], Tensor]] = {
 STD: dict[str, Callable[[Tensor], Tensor]] = {
     "logvar": lambda t: (0.5 * t).exp(), "logstd": torch.exp, "std": lambda t: t, "var": torch.sqrt,
 }  # fmt: skip
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def same(call: Callable[..., Any], written: Callable[..., Any], inputs: list[Tensor], backend: Backend, rtol: float = 3e-6) -> None:
-    """Values and gradients of `call` in float32, and of `written` in float64, on the same numbers."""
-    found = []
-    for function, dtype in ((call, torch.float32), (written, torch.float64)):
-        leaves = [t.detach().float().to(backend.device, dtype).requires_grad_() for t in inputs]
-        outputs = function(*leaves)
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        ups = [drawn(*o.shape, seed=9).to(o) for o in outputs]
-        slopes = torch.autograd.grad(outputs, leaves, ups, allow_unused=True)
-        found.append([*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, slopes, strict=True))])
-    for got, want in zip(*found, strict=True):
-        assert got.shape == want.shape
-        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.detach().abs().max()))
 
 
 # ---- log q -----------------------------------------------------------------------------------------------------------------------

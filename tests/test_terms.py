@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import Backend, each_backend
+from settings import drawn, same
 from torch import Tensor, nn
 from torch.distributions import Laplace, Normal
 from torch.distributions import kl_divergence as torch_kl
@@ -18,25 +18,6 @@ from torch.distributions import kl_divergence as torch_kl
 import fastelbo
 
 LOG_2PI = math.log(2 * math.pi)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def same(call: Callable[..., Any], written: Callable[..., Any], inputs: list[Tensor], backend: Backend, rtol: float = 3e-6) -> None:
-    """Values and gradients of `call` in float32, and of `written` in float64, on the same numbers."""
-    found = []
-    for function, dtype in ((call, torch.float32), (written, torch.float64)):
-        leaves = [t.detach().float().to(backend.device, dtype).requires_grad_() for t in inputs]
-        outputs = function(*leaves)
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        ups = [drawn(*o.shape, seed=9).to(o) if o.ndim else torch.ones_like(o) for o in outputs]
-        slopes = torch.autograd.grad(outputs, leaves, ups, allow_unused=True)
-        found.append([*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, slopes, strict=True))])
-    for got, want in zip(*found, strict=True):
-        assert got.shape == want.shape
-        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.detach().abs().max()))
 
 
 def reduced(each: Tensor, reduction: str, weight: Tensor | None = None, batch_dims: int = 1) -> Tensor:
