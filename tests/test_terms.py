@@ -162,9 +162,7 @@ def test_errors_of_optimal() -> None:
     x, mu = torch.zeros(3, 4), torch.zeros(3, 2)
     with pytest.raises(ValueError, match="recon_logvar is given, but likelihood='laplace' takes recon_logscale"):
         fastelbo.elbo_loss(x, x, mu, mu, likelihood="laplace", recon_logvar="optimal")
-    with pytest.raises(
-        TypeError, match=r"recon_logvar must be a number or a torch.Tensor, got str 'best': the one string is"
-    ):
+    with pytest.raises(TypeError, match=r"recon_logvar must be a number or a torch.Tensor, got str 'best': the one string is"):
         fastelbo.elbo_loss(x, x, mu, mu, recon_logvar="best")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="learned=True, but"):
         fastelbo.ELBOLoss(recon_logvar="optimal", learned=True)

@@ -19,10 +19,12 @@ is computed only where x is not 0. With inflated zeros of logits l, a zero has p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,10 @@ from . import walk as w
 
 # (atanh(w) - w) / w^3 in powers of w^2, the highest first: its Taylor series, of which float32 needs the last five.
 GAP = tuple(1 / k for k in range(27, 1, -2))
+
+# (l + e^-l - 1) / l^2 in powers of l, the highest first: its Taylor series, of which float32 needs the last eight up to l = NEAR.
+GAP_OF_LOG = tuple((-1) ** k / math.factorial(k + 2) for k in range(14, -1, -1))
+NEAR = 0.7
 
 # Fits in powers of 1 / z^2 of z S(z) and z^2 R(z), the highest first, and the z from which they hold.
 REMAINDERS = {
@@ -60,26 +66,44 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return p
 
 
+# torch.where takes more time on a CPU than any of these formulas: they multiply with masks or, better, clamp.
+
+
 def gap(u: Tensor, v: Tensor) -> Tensor:
     """u - log(1 + u), never negative, for v = 1 + u, which the caller may know better than u."""
     half = u / (u + 2.0)
     square = half * half
     series = _polynomial(square, GAP if u.dtype == torch.float64 else GAP[-5:]).mul_(square).mul_(-2.0).add_(u).mul_(half)
-    return torch.where(u.abs() < 0.4, series, u - torch.log(v))
+    return series.addcmul_((u - torch.log(v)).sub_(series), (u.abs() >= 0.4).to(u.dtype))
 
 
-def remainders(z: Tensor) -> tuple[Tensor, Tensor]:
-    """S and R. Below where the fits hold, the recurrence of the gamma function leads there."""
+def gap_of_log(log: Tensor, exp: Tensor) -> Tensor:
+    """log + exp - 1 for a log >= 0 and exp = e^-log: the series up to NEAR, and beyond it what is more."""
+    near, edge = log.clamp(max=NEAR), math.exp(-NEAR)
+    more = (log - near).add_(exp.clamp(max=edge)).sub_(edge)
+    return _polynomial(near, GAP_OF_LOG if log.dtype == torch.float64 else GAP_OF_LOG[-8:]).mul_(near).mul_(near).add_(more)
+
+
+def remainders(z: Tensor, want_s: bool = True, want_r: bool = False) -> tuple[Any, Any]:
+    """S and R if they are wanted. Below where the fits hold, the recurrence of the gamma function leads there."""
     least, of_lgamma, of_digamma = REMAINDERS[z.dtype]
-    small = z < least
-    u = torch.reciprocal(torch.where(small, z + least, z))
+    s = r = None
+    small = (z < least).to(z.dtype)
+    u = torch.reciprocal(torch.add(z, small, alpha=least))
     square = u * u
-    s, r = _polynomial(square, of_lgamma).mul_(u), _polynomial(square, of_digamma).mul_(square)
     log_ratio = torch.log1p(least / z)
     steps = [z + i for i in range(least)]
-    lost = (z - 0.5) * log_ratio - least + sum(torch.log1p((least - i) / step) for i, step in enumerate(steps))
-    lost_slope = 0.5 / (z + least) - 0.5 / z - log_ratio + sum(1.0 / step for step in steps)
-    return s + torch.where(small, lost, 0.0), r + torch.where(small, lost_slope, 0.0)
+    if want_s:
+        lost = (z - 0.5).mul_(log_ratio).sub_(least)
+        for i, step in enumerate(steps):
+            lost.add_(torch.log1p((least - i) / step))
+        s = _polynomial(square, of_lgamma).mul_(u).addcmul_(lost, small)
+    if want_r:
+        lost = (0.5 / (z + least)).sub_(0.5 / z).sub_(log_ratio)
+        for step in steps:
+            lost.add_(1.0 / step)
+        r = _polynomial(square, of_digamma).mul_(square).addcmul_(lost, small)
+    return s, r
 
 
 def _poisson(x: Tensor, rate: Tensor, excess: Tensor, of_x: Tensor | None) -> Tensor:
@@ -89,29 +113,43 @@ def _poisson(x: Tensor, rate: Tensor, excess: Tensor, of_x: Tensor | None) -> Te
     return x * gap(excess / x, rate / x) + (0.5 * torch.log(x) + 0.5 * LOG_2PI + of_x)
 
 
-def _negative_binomial(x: Tensor, mean: Tensor, theta: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The term and its slopes in mean and theta, where x is not 0."""
-    total, n = mean + theta, x + theta
-    t, ratio = (x - mean) / total, n / total
-    apart = gap(t, ratio)
+def _negative_binomial(want: Sequence[bool], full: bool, x: Tensor, mean: Tensor, theta: Tensor) -> list[Any]:
+    """What is wanted of the term and its slopes in mean and theta, where x is not 0."""
+    want_term, want_mean, want_theta = want
+    n = x + theta
+    total = mean + theta
+    t, ratio = (x - mean).div_(total), n / total
+    apart: Any = gap(t, ratio) if want_term or want_theta else None
     # Together: on these few elements, calls cost more than they compute.
-    s, r = remainders(torch.stack((theta, n, x) if full else (theta, n)))
-    term = (
-        theta * apart + (0.5 * torch.log(n / theta) + (s[0] - s[1])) + _poisson(x, mean * ratio, -theta * t, s[2] if full else None)
-    )
-    return term, -theta * t / mean, apart - (0.5 * (x / theta) / n + (r[0] - r[1]))
+    s, r = remainders(torch.stack((theta, n, x) if full and want_term else (theta, n)), want_term, want_theta)
+    term = in_mean = in_theta = None
+    if want_term:
+        term = (theta * apart).add_(0.5 * torch.log(n / theta) + (s[0] - s[1]))
+        term.add_(_poisson(x, mean * ratio, -theta * t, s[2] if full else None))
+    if want_mean:
+        in_mean = -theta * t / mean
+    if want_theta:
+        in_theta = apart - (0.5 * (x / theta) / n + (r[0] - r[1]))
+    return [term, in_mean, in_theta]
 
 
-def _where_counted(x: Tensor, zeros: Sequence[Tensor], math: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tensor]:
-    """The results for zeros, with those of `math(x, *tensors)` where x is not 0; it sees no other elements if x can be read."""
-    if on_host(x):
-        at = x.nonzero(as_tuple=True)
-        for zero, value in zip(zeros, math(x[at], *(t.expand(x.shape)[at] for t in tensors)), strict=True):
-            zero[at] = value
-        return list(zeros)
-    is_zero = x == 0
-    found = math(torch.where(is_zero, 1.0, x), *(t.expand(x.shape) for t in tensors))
-    return [torch.where(is_zero, zero, value) for zero, value in zip(zeros, found, strict=True)]
+def _replaced(mask: Tensor, results: Sequence[Any], other: Callable[..., Sequence[Any]], *tensors: Tensor) -> list[Any]:
+    """The results, with those of `other(*tensors)` where the mask holds; it sees no other elements if the mask can be read."""
+    tensors = tuple(t.expand(mask.shape) for t in tensors)
+    if not on_host(mask):
+        found = other(*tensors)
+        return [None if r is None else torch.where(mask, value, r) for r, value in zip(results, found, strict=True)]
+    at = torch.from_numpy(np.flatnonzero(mask.numpy()))  # torch takes four times as long to find them
+    for result, value in zip(results, other(*(t.take(at) for t in tensors)), strict=True):
+        if result is not None:
+            result.put_(at, value)
+    return list(results)
+
+
+def _where_counted(x: Tensor, zeros: Sequence[Any], counted: Callable[..., Sequence[Any]], *tensors: Tensor) -> list[Any]:
+    """The results for zeros, with those of `counted(x, *tensors)` where x is not 0."""
+    mask = x.bool()
+    return _replaced(mask, zeros, counted, x if on_host(x) else torch.where(mask, x, 1.0), *tensors)
 
 
 # ---- the tiles -------------------------------------------------------------------------------------------------------------------
@@ -123,24 +161,24 @@ def poisson_tile(
 ) -> tuple[Any, Any]:  # fmt: skip
     mean, x = (w.present(weight, t) for t in (widen(mean, acc), image(x, spec.x_scale, spec.x_shift, acc)))
 
-    def math(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor, mean: Tensor) -> tuple[Any, Any]:
         excess = mean - x
-        return _poisson(x, mean, excess, remainders(x)[0] if spec.full else None), excess / mean
+        term = _poisson(x, mean, excess, remainders(x)[0] if spec.full else None) if want_terms else None
+        return term, excess / mean
 
-    terms, slope = _where_counted(x, [mean.clone(), torch.ones_like(mean)], math, mean)
-    rate = rate if weight is None else widen(weight, acc) * rate
-    if d_mean is not None:
-        torch.mul(slope, rate, out=d_mean)
-    return _summed(terms, weight, spec) if want_terms else None, None
+    zeros = mean.clone() if want_terms else None, None if d_mean is None else d_mean.fill_(1.0)
+    terms, slope = _where_counted(x, zeros, counted, mean)
+    return _finished(spec, acc, want_terms, weight, rate, terms, [slope], [d_mean], None)
 
 
 def negative_binomial_tile(
     spec: Likelihood, acc: torch.dtype, want_terms: bool, want_slope: bool,
     mean: Tensor, x: Tensor, theta: Tensor, weight: Any, rate: Any, d_mean: Any, d_x: Any, d_theta: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    zeros, (x, mean, given) = _zeros(spec, acc, x, mean, theta, weight)
-    math = partial(_negative_binomial, full=spec.full)
-    terms, *slopes = _where_counted(x, zeros, math, mean, given)
+    want = want_terms, d_mean is not None, want_slope
+    x, mean, given = _ready(spec, acc, x, mean, theta, weight)
+    zeros = _zeros(want, mean, given)
+    terms, *slopes = _where_counted(x, zeros, partial(_negative_binomial, want, spec.full), mean, given)
     return _finished(spec, acc, want_terms, weight, rate, terms, slopes, (d_mean, d_theta), theta.shape if want_slope else None)
 
 
@@ -149,23 +187,37 @@ def zero_inflated_tile(
     mean: Tensor, x: Tensor, theta: Tensor, weight: Any, rate: Any, logits: Tensor, d_mean: Any, d_x: Any, d_theta: Any,
     d_logits: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    (term, in_mean, in_theta), (x, mean, given) = _zeros(spec, acc, x, mean, theta, weight)
+    want = want_terms, d_mean is not None, want_slope
+    x, mean, given = _ready(spec, acc, x, mean, theta, weight)
     logits = w.present(weight, widen(logits, acc))
+    term, *slopes = _zeros((True, *want[1:]), mean, given)
     both = logits + term
-    q = torch.expm1(-term).neg_().mul_(torch.sigmoid(-logits))
-    # Of two forms the one that does not cancel.
-    far = torch.minimum(term, -logits).add_(_log1p_exp(logits)).sub_(_log1p_exp(both))
-    term = torch.where(q < 0.5, torch.log1p(-q).neg_(), far)
-    share = torch.sigmoid(-both)
-    zeros = [term, in_mean * share, in_theta * share, -q * torch.sigmoid(both)]
+    in_logits = None
+    if want_terms or d_logits is not None:
+        minus_q = torch.expm1(-term).mul_(torch.sigmoid(-logits))
+        if d_logits is not None:
+            in_logits = torch.sigmoid(both).mul_(minus_q)
+        if want_terms:
+            # Where more than half of 1 is taken away, log(1 - q) cancels; then it has another form.
+            (term,) = _replaced(minus_q < -0.5, [torch.log1p(minus_q).neg_()], _far_from_0, term, logits, both)
+    if want[1] or want[2]:
+        share = torch.sigmoid(both.neg_())
+        slopes = [slope if slope is None else slope.mul_(share) for slope in slopes]
 
-    def math(x: Tensor, mean: Tensor, theta: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-        term, in_mean, in_theta = _negative_binomial(x, mean, theta, spec.full)
-        return term + (logits.clamp(min=0.0) + _log1p_exp(logits)), in_mean, in_theta, torch.sigmoid(logits)
+    def counted(x: Tensor, mean: Tensor, theta: Tensor, logits: Tensor) -> list[Any]:
+        term, *slopes = _negative_binomial(want, spec.full, x, mean, theta)
+        if want_terms:
+            term = term.add_(logits.clamp(min=0.0).add_(_log1p_exp(logits)))
+        return [term, *slopes, None if d_logits is None else torch.sigmoid(logits)]
 
-    terms, *slopes = _where_counted(x, zeros, math, mean, given, logits)
+    zeros = [term if want_terms else None, *slopes, in_logits]
+    terms, *slopes = _where_counted(x, zeros, counted, mean, given, logits)
     memory, shape = (d_mean, d_theta, d_logits), theta.shape if want_slope else None
     return _finished(spec, acc, want_terms, weight, rate, terms, slopes, memory, shape)
+
+
+def _far_from_0(term: Tensor, logits: Tensor, both: Tensor) -> list[Tensor]:
+    return [torch.minimum(term, -logits).add_(_log1p_exp(logits)).sub_(_log1p_exp(both))]
 
 
 def _log1p_exp(t: Tensor) -> Tensor:
@@ -173,16 +225,26 @@ def _log1p_exp(t: Tensor) -> Tensor:
     return t.abs().neg_().exp_().log1p_()
 
 
-def _zeros(
+def _ready(
     spec: Likelihood, acc: torch.dtype, x: Tensor, mean: Tensor, theta: Tensor, weight: Any
-) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """The term of a negative binomial at x = 0 and its slopes in mean and theta; and x, mean and theta, ready for arithmetic."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, mean and theta for arithmetic."""
     mean, x = (w.present(weight, t) for t in (widen(mean, acc), image(x, spec.x_scale, spec.x_shift, acc)))
-    theta = w.present(weight, widen(theta, acc), 1.0)
-    total = mean + theta
-    t, in_mean = -mean / total, theta / total
-    apart = gap(t, in_mean)
-    return [(apart - t).mul_(theta), in_mean, apart], (x, mean, theta)
+    return x, mean, w.present(weight, widen(theta, acc), 1.0)
+
+
+def _zeros(want: Sequence[bool], mean: Tensor, theta: Tensor) -> list[Any]:
+    """What is wanted of the term of a negative binomial at x = 0 and its slopes in mean and theta."""
+    want_term, want_mean, want_theta = want
+    in_mean: Any = None
+    in_theta = None
+    ratio = mean / theta
+    log = torch.log1p(ratio)
+    if want_mean or want_theta:
+        in_mean = ratio.add_(1.0).reciprocal_()
+    if want_theta:
+        in_theta = gap_of_log(log, in_mean)
+    return [log.mul_(theta) if want_term else None, in_mean if want_mean else None, in_theta]
 
 
 def _summed(terms: Tensor, weight: Any, spec: Likelihood) -> Tensor:
@@ -190,7 +252,7 @@ def _summed(terms: Tensor, weight: Any, spec: Likelihood) -> Tensor:
 
 
 def _finished(
-    spec: Likelihood, acc: torch.dtype, want_terms: bool, weight: Any, rate: Any, terms: Tensor, slopes: Sequence[Tensor],
+    spec: Likelihood, acc: torch.dtype, want_terms: bool, weight: Any, rate: Any, terms: Any, slopes: Sequence[Any],
     memory: Sequence[Any], shape: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The sums of the terms and, if it has a shape, of the slopes in theta; the other slopes go to their memory."""
@@ -198,7 +260,7 @@ def _finished(
     for slope, out in zip(slopes, memory, strict=True):
         if out is not None:
             torch.mul(slope, rate, out=out)
-    of_theta = None if shape is None or memory[1] is not None else (slopes[1] * rate).sum_to_size(shape)
+    of_theta = None if shape is None or memory[1] is not None else slopes[1].mul_(rate).sum_to_size(shape)
     return _summed(terms, weight, spec) if want_terms else None, of_theta
 
 
