@@ -59,14 +59,27 @@ REMAINDERS = {
 }  # fmt: skip
 
 
-def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    p = (x * coefficients[0]).add_(coefficients[1])
+def _polynomial(x: Tensor, coefficients: Sequence[float], out: Any = None) -> Tensor:
+    p = torch.mul(x, coefficients[0], out=out).add_(coefficients[1])
     for c in coefficients[2:]:
         p.mul_(x).add_(c)
     return p
 
 
-# torch.where takes more time on a CPU than any of these formulas: they multiply with masks or, better, clamp.
+def _replace(results: Sequence[Any], mask: Tensor, other: Callable[..., Sequence[Any]], *tensors: Tensor) -> None:
+    """Write `other(*tensors)` to the results, or None, where the mask holds. If it can be read, `other` sees no other elements.
+
+    torch.where takes a CPU longer than a formula does, and so does torch's way to find where a mask holds.
+    """
+    tensors = tuple(t.expand(mask.shape) for t in tensors)
+    at = torch.from_numpy(np.flatnonzero(mask.numpy())) if on_host(mask) else None
+    for result, value in zip(results, other(*(t if at is None else t.take(at) for t in tensors)), strict=True):
+        if result is None:
+            continue
+        if at is None:
+            result.copy_(torch.where(mask, value, result))
+        else:
+            result.put_(at, value)
 
 
 def gap(u: Tensor, v: Tensor) -> Tensor:
@@ -74,36 +87,40 @@ def gap(u: Tensor, v: Tensor) -> Tensor:
     half = u / (u + 2.0)
     square = half * half
     series = _polynomial(square, GAP if u.dtype == torch.float64 else GAP[-5:]).mul_(square).mul_(-2.0).add_(u).mul_(half)
-    return series.addcmul_((u - torch.log(v)).sub_(series), (u.abs() >= 0.4).to(u.dtype))
+    _replace([series], u.abs() >= 0.4, lambda u, v: [u - torch.log(v)], u, v)
+    return series
 
 
-def gap_of_log(log: Tensor, exp: Tensor) -> Tensor:
-    """log + exp - 1 for a log >= 0 and exp = e^-log: the series up to NEAR, and beyond it what is more."""
-    near, edge = log.clamp(max=NEAR), math.exp(-NEAR)
-    more = (log - near).add_(exp.clamp(max=edge)).sub_(edge)
-    return _polynomial(near, GAP_OF_LOG if log.dtype == torch.float64 else GAP_OF_LOG[-8:]).mul_(near).mul_(near).add_(more)
+def gap_of_log(log: Tensor, exp: Tensor, near: Any = None, out: Any = None) -> Tensor:
+    """log + exp - 1 for a log >= 0 and exp = e^-log: the series up to NEAR, and what is more beyond it. `near` is memory to use."""
+    near, edge = torch.clamp(log, max=NEAR, out=near), math.exp(-NEAR)
+    more = exp.clamp(max=edge).sub_(edge).add_(log).sub_(near)
+    return _polynomial(near, GAP_OF_LOG if log.dtype == torch.float64 else GAP_OF_LOG[-8:], out).mul_(near).mul_(near).add_(more)
 
 
-def remainders(z: Tensor, want_s: bool = True, want_r: bool = False) -> tuple[Any, Any]:
-    """S and R if they are wanted. Below where the fits hold, the recurrence of the gamma function leads there."""
+def remainders(z: Tensor, want_s: bool = True, want_r: bool = False) -> list[Any]:
+    """S and R, if they are wanted. Below where the fits hold, the recurrence of the gamma function leads there."""
     least, of_lgamma, of_digamma = REMAINDERS[z.dtype]
-    s = r = None
-    small = (z < least).to(z.dtype)
-    u = torch.reciprocal(torch.add(z, small, alpha=least))
-    square = u * u
-    log_ratio = torch.log1p(least / z)
-    steps = [z + i for i in range(least)]
-    if want_s:
-        lost = (z - 0.5).mul_(log_ratio).sub_(least)
-        for i, step in enumerate(steps):
-            lost.add_(torch.log1p((least - i) / step))
-        s = _polynomial(square, of_lgamma).mul_(u).addcmul_(lost, small)
-    if want_r:
-        lost = (0.5 / (z + least)).sub_(0.5 / z).sub_(log_ratio)
-        for step in steps:
-            lost.add_(1.0 / step)
-        r = _polynomial(square, of_digamma).mul_(square).addcmul_(lost, small)
-    return s, r
+
+    def fits(z: Tensor) -> list[Any]:
+        u = torch.reciprocal(z)
+        square = u * u
+        s = _polynomial(square, of_lgamma).mul_(u) if want_s else None
+        return [s, _polynomial(square, of_digamma).mul_(square) if want_r else None]
+
+    def recurrences(z: Tensor) -> list[Any]:
+        s, r = fits(z + least)
+        log_ratio = torch.log1p(least / z)
+        steps = [z + i for i in range(least)]
+        if want_s:
+            s.add_((z - 0.5) * log_ratio - least + sum(torch.log1p((least - i) / step) for i, step in enumerate(steps)))
+        if want_r:
+            r.add_(0.5 / (z + least) - 0.5 / z - log_ratio + sum(1.0 / step for step in steps))
+        return [s, r]
+
+    found = fits(z)
+    _replace(found, z < least, recurrences, z)
+    return found
 
 
 def _poisson(x: Tensor, rate: Tensor, excess: Tensor, of_x: Tensor | None) -> Tensor:
@@ -116,40 +133,41 @@ def _poisson(x: Tensor, rate: Tensor, excess: Tensor, of_x: Tensor | None) -> Te
 def _negative_binomial(want: Sequence[bool], full: bool, x: Tensor, mean: Tensor, theta: Tensor) -> list[Any]:
     """What is wanted of the term and its slopes in mean and theta, where x is not 0."""
     want_term, want_mean, want_theta = want
-    n = x + theta
-    total = mean + theta
-    t, ratio = (x - mean).div_(total), n / total
-    apart: Any = gap(t, ratio) if want_term or want_theta else None
-    # Together: on these few elements, calls cost more than they compute.
-    s, r = remainders(torch.stack((theta, n, x) if full and want_term else (theta, n)), want_term, want_theta)
     term = in_mean = in_theta = None
-    if want_term:
-        term = (theta * apart).add_(0.5 * torch.log(n / theta) + (s[0] - s[1]))
-        term.add_(_poisson(x, mean * ratio, -theta * t, s[2] if full else None))
+    total, n = mean + theta, x + theta
+    t, ratio = (x - mean) / total, n / total
+    excess = -theta * t
     if want_mean:
-        in_mean = -theta * t / mean
-    if want_theta:
-        in_theta = apart - (0.5 * (x / theta) / n + (r[0] - r[1]))
+        in_mean = excess / mean
+    if want_term or want_theta:
+        apart = gap(t, ratio)
+        # Together: on these few elements, calls cost more than they compute.
+        s, r = remainders(torch.stack((theta, n, x) if full and want_term else (theta, n)), want_term, want_theta)
+        if want_term:
+            of_poisson = _poisson(x, mean * ratio, excess, s[2] if full else None)
+            term = theta * apart + (0.5 * torch.log(n / theta) + (s[0] - s[1])) + of_poisson
+        if want_theta:
+            in_theta = apart - (0.5 * (x / theta) / n + (r[0] - r[1]))
     return [term, in_mean, in_theta]
 
 
-def _replaced(mask: Tensor, results: Sequence[Any], other: Callable[..., Sequence[Any]], *tensors: Tensor) -> list[Any]:
-    """The results, with those of `other(*tensors)` where the mask holds; it sees no other elements if the mask can be read."""
-    tensors = tuple(t.expand(mask.shape) for t in tensors)
-    if not on_host(mask):
-        found = other(*tensors)
-        return [None if r is None else torch.where(mask, value, r) for r, value in zip(results, found, strict=True)]
-    at = torch.from_numpy(np.flatnonzero(mask.numpy()))  # torch takes four times as long to find them
-    for result, value in zip(results, other(*(t.take(at) for t in tensors)), strict=True):
-        if result is not None:
-            result.put_(at, value)
-    return list(results)
+def _zeros(want: Sequence[bool], mean: Tensor, theta: Tensor, d_mean: Any, d_theta: Any) -> list[Any]:
+    """What is wanted of a negative binomial at x = 0: term, slopes in mean and theta, which go to memory if there is any."""
+    want_term, want_mean, want_theta = want
+    in_mean = in_theta = None
+    ratio = mean / theta
+    log = torch.log1p(ratio)
+    if want_mean or want_theta:
+        in_mean = torch.reciprocal(ratio.add_(1.0), out=d_mean)
+        if want_theta:
+            in_theta = gap_of_log(log, in_mean, ratio, d_theta)
+    return [log.mul_(theta) if want_term else None, in_mean if want_mean else None, in_theta]
 
 
-def _where_counted(x: Tensor, zeros: Sequence[Any], counted: Callable[..., Sequence[Any]], *tensors: Tensor) -> list[Any]:
-    """The results for zeros, with those of `counted(x, *tensors)` where x is not 0."""
+def _replace_counts(x: Tensor, zeros: Sequence[Any], counted: Callable[..., Sequence[Any]], *tensors: Tensor) -> None:
+    """Write `counted(x, *tensors)` to the results for zeros where x is not 0."""
     mask = x.bool()
-    return _replaced(mask, zeros, counted, x if on_host(x) else torch.where(mask, x, 1.0), *tensors)
+    _replace(zeros, mask, counted, x if on_host(x) else torch.where(mask, x, 1.0), *tensors)
 
 
 # ---- the tiles -------------------------------------------------------------------------------------------------------------------
@@ -166,9 +184,9 @@ def poisson_tile(
         term = _poisson(x, mean, excess, remainders(x)[0] if spec.full else None) if want_terms else None
         return term, excess / mean
 
-    zeros = mean.clone() if want_terms else None, None if d_mean is None else d_mean.fill_(1.0)
-    terms, slope = _where_counted(x, zeros, counted, mean)
-    return _finished(spec, acc, want_terms, weight, rate, terms, [slope], [d_mean], None)
+    found = mean.clone() if want_terms else None, None if d_mean is None else d_mean.fill_(1.0)
+    _replace_counts(x, found, counted, mean)
+    return _finished(spec, acc, weight, rate, *found), None
 
 
 def negative_binomial_tile(
@@ -177,9 +195,10 @@ def negative_binomial_tile(
 ) -> tuple[Any, Any]:  # fmt: skip
     want = want_terms, d_mean is not None, want_slope
     x, mean, given = _ready(spec, acc, x, mean, theta, weight)
-    zeros = _zeros(want, mean, given)
-    terms, *slopes = _where_counted(x, zeros, partial(_negative_binomial, want, spec.full), mean, given)
-    return _finished(spec, acc, want_terms, weight, rate, terms, slopes, (d_mean, d_theta), theta.shape if want_slope else None)
+    found = _zeros(want, mean, given, d_mean, d_theta)
+    _replace_counts(x, found, partial(_negative_binomial, want, spec.full), mean, given)
+    nll = _finished(spec, acc, weight, rate, *found)
+    return nll, found[2].sum_to_size(theta.shape) if want_slope and d_theta is None else None
 
 
 def zero_inflated_tile(
@@ -190,34 +209,34 @@ def zero_inflated_tile(
     want = want_terms, d_mean is not None, want_slope
     x, mean, given = _ready(spec, acc, x, mean, theta, weight)
     logits = w.present(weight, widen(logits, acc))
-    term, *slopes = _zeros((True, *want[1:]), mean, given)
+    term, *slopes = _zeros((True, *want[1:]), mean, given, d_mean, d_theta)
     both = logits + term
-    in_logits = None
-    if want_terms or d_logits is not None:
-        minus_q = torch.expm1(-term).mul_(torch.sigmoid(-logits))
-        if d_logits is not None:
-            in_logits = torch.sigmoid(both).mul_(minus_q)
-        if want_terms:
-            # Where more than half of 1 is taken away, log(1 - q) cancels; then it has another form.
-            (term,) = _replaced(minus_q < -0.5, [torch.log1p(minus_q).neg_()], _far_from_0, term, logits, both)
-    if want[1] or want[2]:
-        share = torch.sigmoid(both.neg_())
-        slopes = [slope if slope is None else slope.mul_(share) for slope in slopes]
+    minus_q = term.neg().expm1_().mul_(logits.neg().sigmoid_())
+    if d_logits is not None:
+        torch.sigmoid(both, out=d_logits).mul_(minus_q)
+    if want_terms:
+        # Where more than half of 1 is taken away, log(1 - q) cancels, and another form does not.
+        far, either = minus_q < -0.5, minus_q.log1p_().neg_()
+        _replace([either], far, _far_from_0, term, logits, both)
+    share = both.neg_().sigmoid_()
+    for slope in slopes:
+        if slope is not None:
+            slope.mul_(share)
 
     def counted(x: Tensor, mean: Tensor, theta: Tensor, logits: Tensor) -> list[Any]:
         term, *slopes = _negative_binomial(want, spec.full, x, mean, theta)
         if want_terms:
-            term = term.add_(logits.clamp(min=0.0).add_(_log1p_exp(logits)))
-        return [term, *slopes, None if d_logits is None else torch.sigmoid(logits)]
+            term = term + (logits.clamp(min=0.0) + _log1p_exp(logits))
+        return [term, *slopes, torch.sigmoid(logits)]
 
-    zeros = [term if want_terms else None, *slopes, in_logits]
-    terms, *slopes = _where_counted(x, zeros, counted, mean, given, logits)
-    memory, shape = (d_mean, d_theta, d_logits), theta.shape if want_slope else None
-    return _finished(spec, acc, want_terms, weight, rate, terms, slopes, memory, shape)
+    found = [either if want_terms else None, *slopes, d_logits]
+    _replace_counts(x, found, counted, mean, given, logits)
+    nll = _finished(spec, acc, weight, rate, *found)
+    return nll, found[2].sum_to_size(theta.shape) if want_slope and d_theta is None else None
 
 
 def _far_from_0(term: Tensor, logits: Tensor, both: Tensor) -> list[Tensor]:
-    return [torch.minimum(term, -logits).add_(_log1p_exp(logits)).sub_(_log1p_exp(both))]
+    return [torch.minimum(term, -logits) + _log1p_exp(logits) - _log1p_exp(both)]
 
 
 def _log1p_exp(t: Tensor) -> Tensor:
@@ -233,35 +252,15 @@ def _ready(
     return x, mean, w.present(weight, widen(theta, acc), 1.0)
 
 
-def _zeros(want: Sequence[bool], mean: Tensor, theta: Tensor) -> list[Any]:
-    """What is wanted of the term of a negative binomial at x = 0 and its slopes in mean and theta."""
-    want_term, want_mean, want_theta = want
-    in_mean: Any = None
-    in_theta = None
-    ratio = mean / theta
-    log = torch.log1p(ratio)
-    if want_mean or want_theta:
-        in_mean = ratio.add_(1.0).reciprocal_()
-    if want_theta:
-        in_theta = gap_of_log(log, in_mean)
-    return [log.mul_(theta) if want_term else None, in_mean if want_mean else None, in_theta]
-
-
-def _summed(terms: Tensor, weight: Any, spec: Likelihood) -> Tensor:
-    return w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep).mul_(spec.scale)
-
-
-def _finished(
-    spec: Likelihood, acc: torch.dtype, want_terms: bool, weight: Any, rate: Any, terms: Any, slopes: Sequence[Any],
-    memory: Sequence[Any], shape: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The sums of the terms and, if it has a shape, of the slopes in theta; the other slopes go to their memory."""
+def _finished(spec: Likelihood, acc: torch.dtype, weight: Any, rate: Any, terms: Any, *slopes: Any) -> Any:
+    """The sums of the terms, if there are any. The slopes are multiplied by the rate where they are."""
     rate = rate if weight is None else widen(weight, acc) * rate
-    for slope, out in zip(slopes, memory, strict=True):
-        if out is not None:
-            torch.mul(slope, rate, out=out)
-    of_theta = None if shape is None or memory[1] is not None else slopes[1].mul_(rate).sum_to_size(shape)
-    return _summed(terms, weight, spec) if want_terms else None, of_theta
+    for slope in slopes:
+        if slope is not None:
+            w.times(slope, rate, out=slope)
+    if terms is None:
+        return None
+    return w.sum_over(terms if weight is None else terms.mul_(weight), spec.keep).mul_(spec.scale)
 
 
 TILES: dict[str, Callable[..., tuple[Any, Any]]] = {
