@@ -78,8 +78,10 @@ def _replace(results: Sequence[Any], mask: Tensor, other: Callable[..., Sequence
             continue
         if at is None:
             result.copy_(torch.where(mask, value, result))
-        else:
-            result.put_(at, value)
+            continue
+        flat = result.reshape(-1).scatter_(0, at, value)  # put_, which knows every layout, is no deterministic algorithm
+        if not result.is_contiguous():
+            result.copy_(flat.view(result.shape))
 
 
 def gap(u: Tensor, v: Tensor) -> Tensor:
