@@ -9,8 +9,9 @@ remainders S of lgamma and R of digamma, an element's term and slopes are
     in mean             -theta t / mean
     in theta            gap(t) - (x / (2 theta n) + R(theta) - R(n))
 
-and for a zero, which most counts of a cell are, the rate, theta (gap(t) - t), theta / (mean + theta) and gap(t). So what x enters
-is computed only where x is not 0. With inflated zeros of logits l, a zero has probability 1 - q, q = (1 - e^-term) sigmoid(-l):
+and for a zero, which most counts of a cell are, the rate, theta L, e^-L and L + e^-L - 1, with L = log(1 + mean / theta). So what
+x enters is computed only where x is not 0. With inflated zeros of logits l, a zero has probability 1 - q, where
+q = (1 - e^-term) sigmoid(-l):
 
     term                -log(1 - q) at 0, otherwise log(1 + e^l) more
     in l                -q sigmoid(l + term) at 0, otherwise sigmoid(l)
@@ -35,7 +36,7 @@ from . import walk as w
 # (atanh(w) - w) / w^3 in powers of w^2, the highest first: its Taylor series, of which float32 needs the last five.
 GAP = tuple(1 / k for k in range(27, 1, -2))
 
-# (l + e^-l - 1) / l^2 in powers of l, the highest first: its Taylor series, of which float32 needs the last eight up to l = NEAR.
+# (L + e^-L - 1) / L^2 in powers of L, the highest first: its Taylor series, of which float32 needs the last eight up to L = NEAR.
 GAP_OF_LOG = tuple((-1) ** k / math.factorial(k + 2) for k in range(14, -1, -1))
 NEAR = 0.7
 
