@@ -281,6 +281,22 @@ def test_layouts(backend: Backend, family: str, layout: str) -> None:
     same(got, want, learned, wide, 3e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@each_backend
+def test_deterministic_algorithms(backend: Backend, family: str) -> None:
+    """torch raises for any operation that may add in another order."""
+    given, _ = tensors(backend, torch.float32, family, (10,))
+    mean, theta, logits = arguments(family, given, (10,))
+    x = counts(*SHAPE).to(mean)
+    want = torch.autograd.grad(call(family, mean, x, theta, logits, impl=backend.impl).sum(), given)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = torch.autograd.grad(call(family, mean, x, theta, logits, impl=backend.impl).sum(), given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(got, want)
+
+
 @each_backend
 def test_nan_under_a_mask(backend: Backend) -> None:
     mask = torch.tensor([[True, False, True]], device=backend.device)

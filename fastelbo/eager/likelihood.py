@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype, on_host, widen
-from ..specs import Factor, Gradients, Likelihood, Needs, NLLInputs, Op
+from ..specs import COUNTS, Factor, Gradients, Likelihood, Needs, NLLInputs, Op
 from . import bernoulli_nll, counts, discretized_logistic_nll, gaussian_nll, laplace_nll
 from . import walk as w
 
@@ -31,8 +31,9 @@ def forward(
 ) -> tuple[tuple[Tensor], Gradients | None]:
     """The gradients are made along with the terms, for an upstream gradient of 1, where backward can scale them as they are."""
     acc = acc or accumulate_dtype(*inputs[:4])
-    ready = _backward_only_scales(inputs, needs, spec.keep, acc)
-    nll, gradients = nll_pass(inputs, spec, needs if ready else (False,) * 4, spec.scale, acc)
+    each = _of_each_element(inputs, needs, spec)
+    ready = _backward_only_scales(each, needs, spec.keep, acc)
+    nll, gradients = nll_pass(each, spec, needs if ready else (False,) * 4, spec.scale, acc)
     return (widen(nll, acc),), gradients if ready else None
 
 
@@ -46,12 +47,22 @@ def backward(
     if kept is None and _backward_only_scales(inputs, needs, spec.keep, acc):
         kept = nll_pass(inputs, spec, needs, spec.scale, acc, want_terms=False)[1]
     if kept is not None:
-        return w.scaled(kept, grad_output)
+        d_recon, d_x, d_variance, d_zi_logits = w.scaled(kept, grad_output)
+        if d_variance is not None and inputs.variance is not None:
+            d_variance = d_variance.sum_to_size(inputs.variance.shape)
+        return d_recon, d_x, d_variance, d_zi_logits
     rate = w.against(w.times(widen(grad_output, acc), spec.scale), inputs.recon.ndim, spec.keep)
     return nll_pass(inputs, spec, needs, rate, acc, want_terms=False)[1]
 
 
 OP = Op(forward, backward)
+
+
+def _of_each_element(inputs: NLLInputs, needs: Needs, spec: Likelihood) -> NLLInputs:
+    """Where rows have upstream gradients, theta's is summed after them: counts cost more to compute twice than slopes to keep."""
+    if inputs.variance is None or not (needs[2] and spec.keep and spec.family in COUNTS):
+        return inputs
+    return inputs._replace(variance=inputs.variance.expand(inputs.recon.shape))
 
 
 def _backward_only_scales(inputs: NLLInputs, needs: Needs, keep: int, acc: torch.dtype) -> bool:
