@@ -157,12 +157,10 @@ def minus_log1m_exp_and_ratio(w):
 @triton.jit
 def log1p_gap(u, v):
     """u - log(1 + u), never negative, for a float32 or float64 block u and v = 1 + u, which the caller may know better than u."""
-    near = (u > -0.5) & (u < 1.0)
-    w = tl.where(near, u, 0.0)
-    # log(1 + w) = 2 atanh(z) with z = w / (2 + w), and w - 2 z = w z.
-    z = divide(w, 2.0 + w)
+    # log(1 + u) = 2 atanh(z) with z = u / (2 + u), and u - 2 z = u z.
+    z = divide(u, 2.0 + u)
     z2 = z * z
-    if w.dtype == tl.float64:
+    if u.dtype == tl.float64:
         tail = polynomial(z2, (  # 1/3 + z^2 / 5 + ..., for |z| < 1/3
             0.030303030303030304, 0.03225806451612903, 0.034482758620689655, 0.037037037037037035, 0.04, 0.043478260869565216,
             0.047619047619047616, 0.05263157894736842, 0.058823529411764705, 0.06666666666666667, 0.07692307692307693,
@@ -173,7 +171,7 @@ def log1p_gap(u, v):
             0.06666666666666667, 0.07692307692307693, 0.09090909090909091, 0.1111111111111111, 0.14285714285714285, 0.2,
             0.3333333333333333,
         ))  # fmt: skip
-    return tl.where(near, z * (w - 2.0 * z2 * tail), u - log(v))
+    return tl.where((u > -0.5) & (u < 1.0), z * (u - 2.0 * z2 * tail), u - log(v))
 
 
 @triton.jit

@@ -429,15 +429,6 @@ OPS: dict[str, Op] = {
         (*_ALL, "logvar_clamp"),
     ),
     **{
-        f"reparameterize_{form}": Op(
-            ("mu", form, "eps"),
-            lambda v, impl, form=form: fastelbo.reparameterize(v["mu"], **{form: v[form]}, eps=v["eps"], impl=impl),
-            lambda v, form=form: slow_sample(v["mu"], logvar_of(form, v[form]), v["eps"]),
-            returns_z=True,
-        )
-        for form in FORMS[1:]
-    },
-    **{
         f"reparameterize_kl_{form}": Op(
             ("mu", form, "eps"),
             lambda v, impl, form=form, **o: fastelbo.reparameterize_kl(v["mu"], **{form: v[form]}, eps=v["eps"], impl=impl, **o),
