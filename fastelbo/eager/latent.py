@@ -101,7 +101,7 @@ _OF_SLOPE = {"logvar": 0.5, "logstd": 1.0, "std": 1.0, "var": 0.5}
 
 
 def sample(inputs: LatentInputs, spec: Latent, want_slope: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """z in mu's dtype, rounded once; its slope in the spread but for a constant factor; and the noise."""
+    """z in mu's dtype, rounded once; its slope in the spread, over a constant factor; and the noise."""
     acc = accumulate_dtype(inputs.mu, inputs.spread)
     mu, spread = widen(inputs.mu, acc), widen(inputs.spread, acc)
     sigma = _sigma(spread, spec.kl)
