@@ -197,6 +197,13 @@ def scale_of(
     return 1.0 / count if count else math.nan
 
 
+def summed(t: Tensor, shape: torch.Size, keep: int) -> Tensor:
+    """The sum of t, broadcast to `shape`, over all but the first `keep` dimensions, computed in t's own shape."""
+    t = t.reshape((1,) * (len(shape) - t.ndim) + t.shape)
+    times = math.prod(n for n, own in zip(shape[keep:], t.shape[keep:], strict=True) if own == 1)
+    return ((t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t) * times).expand(shape[:keep])
+
+
 def noise(
     mu: Tensor, num_samples: int | None, eps: Tensor | None, seed: Seed | None, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -61,19 +61,12 @@ def laplace_nll(
     inverse = math.exp(-number) if scale is None else torch.exp(-_present(weight, scale.to(acc)))
     each = _present(weight, offset.to(acc)) * inverse
     keep = plain(batch_dims) if reduction == "none" else 0
-    added = _summed(each if weight is None else _present(weight, each) * weight, recon.shape, keep)
+    added = arguments.summed(each if weight is None else _present(weight, each) * weight, recon.shape, keep)
     return nll + added * arguments.scale_of(reduction, plain(batch_dims), recon.shape, weight, (nll, offset))
 
 
 def _present(weight: Tensor | None, t: Tensor) -> Tensor:
     return t if weight is None else torch.where(weight == 0, 0.0, t)
-
-
-def _summed(t: Tensor, shape: torch.Size, keep: int) -> Tensor:
-    """The sum of t, broadcast to `shape`, over all but the first `keep` dimensions, computed in t's own shape."""
-    t = t.reshape((1,) * (len(shape) - t.ndim) + t.shape)
-    times = math.prod(n for n, own in zip(shape[keep:], t.shape[keep:], strict=True) if own == 1)
-    return ((t.sum(tuple(range(keep, t.ndim))) if keep < t.ndim else t) * times).expand(shape[:keep])
 
 
 @one_node

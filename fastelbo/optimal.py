@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import arguments
 from .dtypes import LOG_2PI
 from .specs import Factor
 
@@ -43,8 +44,5 @@ def optimum(shape: torch.Size, keep: int, weight: Tensor | None, scale: Factor, 
     constant = LOG_2PI if full else 0.0
     if weight is None:
         return Optimum(math.prod(shape), math.prod(shape[keep:]), constant, scale)
-    w = weight.reshape((1,) * (len(shape) - weight.ndim) + weight.shape).to(acc)
-    # Where it broadcasts, a sum of the weights themselves times how often each counts.
-    times = math.prod(n for n, own in zip(shape[keep:], w.shape[keep:], strict=True) if own == 1)
-    rows = (w.sum(tuple(range(keep, w.ndim))) if keep < w.ndim else w) * times
-    return Optimum(rows.expand(shape[:keep]).sum(), rows, constant, scale)
+    rows = arguments.summed(weight.to(acc), shape, keep)
+    return Optimum(rows.sum(), rows, constant, scale)

@@ -32,7 +32,7 @@ ALLOWED = {
     "composed": BOTTOM,
     "backend": BOTTOM | {"composed", "eager", "kernels"},
     "autograd": BOTTOM | {"reference"},
-    "optimal": BOTTOM,
+    "optimal": ARGUMENTS,
     "functional": PUBLIC | {"optimal"},
     "objectives": ARGUMENTS,
     "latent": PUBLIC | {"objectives"},
