@@ -136,11 +136,11 @@ def prior(name: str, value: Any, mu: Tensor) -> None:
     broadcast(name, value, "mu", mu.shape)
 
 
-def number(name: str, value: Any) -> None:
-    """A number or None."""
+def number(name: str, value: Any, optional: bool = True) -> None:
+    """A number, or None where it is `optional`."""
     given = plain(value)
-    if given is not None and (isinstance(given, bool) or not isinstance(given, NUMBER)):
-        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+    if isinstance(given, bool) or not (isinstance(given, NUMBER) or (given is None and optional)):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
 
 
 def spread(name: str, form: str, value: Any, device: torch.device) -> None:
@@ -163,10 +163,10 @@ def variance(name: str, parameter: str, value: Any, recon: Tensor, to: str = "re
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def constant_data(x: Any) -> None:
-    """Data whose likelihood is that of a bin, without a slope."""
+def constant_data(x: Any, what: str) -> None:
+    """Data in which a likelihood has no slope; `what` says what of it is constant."""
     if isinstance(x, Tensor) and x.requires_grad:
-        raise ValueError("x requires grad, but the bin around it is a constant here: detach it")
+        raise ValueError(f"x requires grad, but {what} here: detach it")
 
 
 def bins(count: Any, low: Any, high: Any) -> None:

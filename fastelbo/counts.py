@@ -18,8 +18,7 @@ def _counted(
     impl: Impl | None, zi_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     checks.tensor(name, mean)
-    if isinstance(x, Tensor) and x.requires_grad:
-        raise ValueError("x requires grad, but counts are constants here: detach it")
+    checks.constant_data(x, "counts are constants")
     if theta is None and family != "poisson":
         raise TypeError("theta must be a number or a torch.Tensor, got NoneType")
     # Bytes are counts as they are.

@@ -13,15 +13,12 @@ from . import backend, checks
 from .dtypes import accumulate_dtype, plain
 from .functional import gaussian_nll
 from .likelihoods import laplace_nll
-from .tracing import NUMBER
 from .types import Impl, Number
 
 
 def _number(name: str, value: Any) -> Any:
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, NUMBER):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
+    checks.number(name, value, optional=False)
+    return plain(value)
 
 
 class AutoencoderKLLoss(nn.Module):

@@ -140,7 +140,7 @@ def discretized_logistic_nll(
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape, device or value, or x requires grad.
     """
-    checks.constant_data(x)
+    checks.constant_data(x, "the bin around it is a constant")
     spread, image = ("logscale", "logvar", logscale), (x_scale, x_shift)
     return observed(
         "discretized_logistic", (recon, x), spread, True, weight, reduction, batch_dims, image, impl, bins=(bins, low, high)
