@@ -219,7 +219,9 @@ def _importance_weighted(
     if objective == "dreg" and z.requires_grad:
         share = torch.softmax(log_w.detach(), 0).to(z.dtype).view(*z.shape[: z.ndim - mu.ndim + 1], *(1,) * (mu.ndim - 1))
         z.register_hook(lambda gradient: gradient * share)
-    loss = math.log(decoding.samples or 1) - torch.logsumexp(log_w, 0)
+    # Logsumexp's own gradient is exp(log_w - its value): beside a large value the rounding of that moves every weight.
+    most = torch.nan_to_num(log_w.detach().amax(0), nan=0.0, posinf=0.0, neginf=0.0)
+    loss = math.log(decoding.samples or 1) - (torch.logsumexp(log_w - most, 0) + most)
     terms = loss, nll.mean(0), kl.mean(0)
     if reduction == "none":
         return terms

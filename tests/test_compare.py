@@ -204,6 +204,16 @@ def test_what_pixelcnns_formula_loses() -> None:
     assert [row.result for row in result.rows] == ["nll", "d recon", "d logscale"]  # x is a constant
 
 
+def test_weights_of_a_bound_lose_nothing_to_its_size() -> None:
+    """logsumexp's own gradient, of log weights near -1000, moves every weight by what their logarithm's rounding is."""
+    for name in ("iwae", "dreg"):
+        result = fastelbo.compare(f"sgvb_loss/{name}", "float32", (64, 784), (-0.01, 0.01))
+        assert result.ok
+        for argument in ("x", "mu", "logvar"):
+            row = the(result, f"sgvb_loss/{name}", f"d {argument}")
+            assert row.fused.max_ulp < 8 < 100 < row.eager.max_ulp
+
+
 def test_data_is_what_a_likelihood_is_of() -> None:
     pixels, shares = (
         Case("torch", CPU, op, 3, torch.float64, (300, 50)).values()["x"]
@@ -236,6 +246,15 @@ BROKEN = [
     ("linear_nll", 4, "linear_elbo_loss/scalar", "d recon_logvar"),
     ("latent", 0, "linear_elbo_loss/fixed", "d mu"),
     ("latent", 1, "linear_elbo_loss/element", "d logvar"),
+    ("latent", 0, "reparameterize_kl/log_prob", "d mu"),
+    ("latent", 3, "gaussian_kl/balance", "d prior_logvar"),
+    ("latent", 1, "gaussian_kl/free_bits", "d logvar"),
+    ("latent", 0, "gaussian_kl/free_bits_over_sample", "d mu"),
+    ("latent", 0, "gaussian_kl/capacity", "d mu"),
+    ("likelihood", 0, "gaussian_log_prob", "d mu"),
+    ("likelihood", 1, "sample_kl", "d z"),
+    ("latent", 0, "sgvb_loss/iwae", "d mu"),
+    ("latent", 0, "sgvb_loss/dreg", "d mu"),
 ]
 
 
@@ -385,9 +404,10 @@ def test_default_cases() -> None:
     large = [c for c in cases if c.shape == module.LARGE]
     # A layer's weight is as large as x at most, or no larger than WEIGHTS.
     assert {c.op.size("weight", c.shape) for c in large if c.op.is_linear} == {(540_001, 1)}
-    assert OPS[-1].size("weight", (64, 28, 28)) == (784, peers.HIDDEN)
-    assert OPS[-1].size("x", (64, 28, 28)) == (64, 784)
-    assert OPS[-1].size("weight", (1, module.MAX_ELEMENTS)) == (module.MAX_ELEMENTS, 1)
+    layer = next(op for op in OPS if op.is_linear)
+    assert layer.size("weight", (64, 28, 28)) == (784, peers.HIDDEN)
+    assert layer.size("x", (64, 28, 28)) == (64, 784)
+    assert layer.size("weight", (1, module.MAX_ELEMENTS)) == (module.MAX_ELEMENTS, 1)
     assert {c.op.name for c in large} == {op.name for op in OPS}
     assert {(c.dtype, c.logvar_range) for c in large} == {(torch.float32, (-10.0, 10.0))}
 
@@ -406,6 +426,7 @@ IMPOSSIBLE = [
     (["--json", "nowhere/x.json"], "cannot write nowhere/x.json: there is no folder nowhere"),
     (["--json", "."], "cannot write .: it is a folder"),
     (["--plot", "errors.txt"], "cannot draw errors.txt: its name must end in one of "),
+    (["--op", "gaussian_kl/entropy"], "op 'gaussian_kl/entropy' is unknown"),
     (["--tensors", "nowhere.pt"], "[Errno 2] No such file or directory: 'nowhere.pt'"),
 ]
 
@@ -471,6 +492,10 @@ def own() -> dict[str, torch.Tensor]:
     return {"mu": mu, "logvar": logvar, "recon": x.bfloat16() + 0.1, "x": x, "recon_logvar": scalar}
 
 
+# What a mu and a logvar are enough for.
+OF_KL = {"gaussian_kl/standard", "gaussian_kl/free_bits", "gaussian_kl/free_bits_over_sample", "gaussian_kl/capacity"}
+
+
 def test_own_tensors(command: Command, tmp_path: Path) -> None:
     mine = own()
     torch.save(mine, tmp_path / "batch.pt")
@@ -480,7 +505,7 @@ def test_own_tensors(command: Command, tmp_path: Path) -> None:
     v = {name: t.detach().double() for name, t in mine.items()}
     # Every op whose arguments are there. The logvar is the posterior's, so gaussian_nll/logvar is not one of them.
     assert {op for op, _ in rows} == {
-        "gaussian_kl/standard", "gaussian_nll/fixed", "elbo_terms", "elbo_loss/fixed", "elbo_loss/element", "elbo_loss/scalar",
+        *OF_KL, "gaussian_nll/fixed", "elbo_terms", "elbo_loss/fixed", "elbo_loss/element", "elbo_loss/scalar",
     }  # fmt: skip
     loss = rows["elbo_loss/scalar", "loss"]
     exact = fastelbo.elbo_loss(v["recon"], v["x"], v["mu"], v["logvar"], recon_logvar=v["recon_logvar"], impl="reference")
@@ -497,7 +522,7 @@ def test_own_tensors_in_another_dtype() -> None:
     before = {name: t.detach().clone() for name, t in mine.items()}
     result = fastelbo.compare(dtype="float16", tensors=mine)
     assert result.ok
-    assert {(row.op, row.dtype) for row in result.rows} == {("gaussian_kl/standard", "float16")}
+    assert {(row.op, row.dtype) for row in result.rows} == {(op, "float16") for op in OF_KL}
     worst = the(result, "gaussian_kl/standard", "d mu").worst
     assert worst.inputs["mu"] == float(before["mu"].half()[worst.index])
     assert all(torch.equal(mine[name], before[name]) for name in mine)
@@ -519,7 +544,8 @@ def test_own_linear_layer() -> None:
     assert ops == {
         "reparameterize",
         "reparameterize_kl",
-        "gaussian_kl/standard",
+        "reparameterize_kl/log_prob",
+        *OF_KL,
         "linear_elbo_loss/fixed",
         "linear_elbo_loss/element",
     }
@@ -579,6 +605,7 @@ UNFIT = {
     "no elements": (
         {"mu": torch.zeros(0, 4), "logvar": torch.zeros(0, 4)}, (), "mu has shape (0, 4): there is nothing to compare"
     ),
+    "a decoder of its own": (PAIR, ("--op", "sgvb_loss"), "sgvb_loss is compared with a decoder that is the identity, on drawn "),
     "drawn too": (PAIR, ("--shape", "3,4"), "shape and logvar_range are of drawn inputs, and tensors are given: "),
     "no scalar": (
         {**PAIR, **IMAGE, "recon_logvar": torch.zeros(2, 4)}, ("--op", "elbo_loss/scalar"),
@@ -615,7 +642,8 @@ def test_the_triton_backend_is_compared_where_it_is_present(op: str) -> None:
     assert {(row.backend, row.device) for row in result.rows} == {("torch", "cpu"), ("triton", device)}
     assert result.ok, str(result)
     loss = {row.backend: row.worst for row in result.rows if (row.result, row.dtype) == ("loss", "float32")}
-    assert loss["torch"].exact == loss["triton"].exact
+    # Of the z that each decodes, which may differ in its last bit.
+    assert loss["torch"].exact == pytest.approx(loss["triton"].exact, rel=1e-7)
     assert loss["triton"].fused == pytest.approx(loss["torch"].exact, rel=1e-6)
 
 

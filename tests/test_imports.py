@@ -56,6 +56,7 @@ ALLOWED = {
         "drop_in",
         "likelihoods",
         "counts",
+        "densities",
         "linear",
         "distributions",
         "estimators",

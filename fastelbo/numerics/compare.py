@@ -34,13 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import backend, checks, latent
+from .. import backend, checks
 from ..dtypes import accumulate_dtype
 from ..types import Impl
-from .peers import OPS, Op, Values
+from .objectives import OBJECTIVES
+from .peers import OPS as SUMS
+from .peers import Op, Values
 from .report import Comparison, Errors, Row, Worst
 from .tolerance import ORACLE_SLACK, SLACK, bound_beside, dtype_name, is_right_at_the_edge
 
+OPS: tuple[Op, ...] = (*SUMS, *OBJECTIVES)
 DTYPES = {dtype_name(t): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # Log-variances less the prior's: near it, wide, and to where float32 still holds 1 / s^3, which the gradient of s takes.
 RANGES = ((-0.01, 0.01), (-10.0, 10.0), (-50.0, 50.0))
@@ -108,8 +111,8 @@ class Case:
             form = name.removeprefix("prior_")
             t = FORMS[form](t) if form in FORMS else t
             lowest = info.smallest_normal if form in ("std", "var", "theta", "rate", "mean") else info.min
-            # z in mu's dtype goes into the products. An infinite one leaves nothing to compare.
-            highest = 2 * math.log(info.max / 8) if self.op.is_linear and name == "logvar" and "mu" in v else info.max
+            # z in mu's dtype is decoded. An infinite one leaves nothing to compare.
+            highest = 2 * math.log(info.max / 8) if self.op.decodes and name == "logvar" else info.max
             v[name] = t.clamp(lowest, highest).to(self.dtype)
         return v
 
@@ -177,6 +180,8 @@ def own_values(ops: Sequence[Op], tensors: Mapping[str, Tensor], every: bool) ->
 
     With `every` op, no tensor may be left over, and a logvar beside a mu is the posterior's and not a likelihood's.
     """
+    if not (ops := [o for o in ops if o.takes_own]):
+        raise ValueError("sgvb_loss is compared with a decoder that is the identity, on drawn inputs: give it no tensors")
     known = dict.fromkeys(name for o in OPS for name in o.args)
     if unknown := [str(name) for name in tensors if name not in known]:
         raise ValueError(f"no op takes a tensor named {', '.join(unknown)}: names are those of arguments, {', '.join(known)}")
@@ -221,15 +226,19 @@ def run_case(case: Case) -> list[Row]:
     here = {name: t.to(case.device) for name, t in v.items()}
     halves = [name for name, t in v.items() if t.dtype.itemsize == 2]
     held: Values = {}
-    if op.is_linear and "mu" in halves:
-        # z in half precision is multiplied, and z's gradient comes back in it. So the truth is of the z that `reparameterize`
-        # gives, where z's own error is compared; the formula on widened inputs has that z too, and rounds its gradient.
-        held = {"z": latent.reparameterize(here["mu"], here["logvar"], eps=here["eps"], impl=case.impl)}
-    calls: dict[str, Callable[[Values], list[Tensor]]] = {"fused": functools.partial(op.fused, case.impl), "eager": op.usual}
+    if op.decodes:
+        # The truth is of the z that was decoded. The formula that judges has that z too, and rounds its gradient: in half precision
+        # z's gradient comes back in its dtype.
+        held = {"z": op.sample(case.impl, leaves_of(here, op.learned)).detach()}
+    beside = {} if halves else held
+    calls: dict[str, Callable[[Values], list[Tensor]]] = {
+        "fused": functools.partial(op.fused, case.impl),
+        "eager": lambda v: op.usual(v | beside),
+    }
     if halves:
         calls["widened"] = lambda v: op.usual(v | {name: v[name].float() for name in halves} | held)
     if op.results != ["z"] and op.has_library:
-        calls["library"] = op.library
+        calls["library"] = lambda v: op.library(v | beside)
     found = {who: differentiate(call, here, op.learned, ups) for who, call in calls.items()}
     truths = op.truth(v | {name: t.cpu() for name, t in held.items()}, ups)
     names = [*op.results, *(f"d {name}" for name in op.learned)]
@@ -251,9 +260,13 @@ def upstream(op: Op, v: Values, seed: int) -> list[Tensor]:
     return ups
 
 
+def leaves_of(v: Values, learned: Sequence[str]) -> Values:
+    return {name: t.detach().requires_grad_(name in learned) for name, t in v.items()}
+
+
 def differentiate(call: Callable[[Values], list[Tensor]], v: Values, learned: Sequence[str], ups: Sequence[Tensor]) -> list[Tensor]:
     """The results of `call`, and the gradients in what is learned under the upstream gradients."""
-    leaves = {name: t.detach().requires_grad_(name in learned) for name, t in v.items()}
+    leaves = leaves_of(v, learned)
     outs = call(leaves)
     grads = torch.autograd.grad(outs, [leaves[name] for name in learned], [up.to(o) for up, o in zip(ups, outs, strict=True)])
     return [*outs, *grads]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ USUAL: Formulas = {
         prior.log() - std.log() + 0.5 * (std**2 + (mu - prior_mu) ** 2) / prior**2 - 0.5
     ),
     "kl/var": lambda mu, var, prior_mu=0.0, prior=ONE: 0.5 * (prior.log() - var.log() + (var + (mu - prior_mu) ** 2) / prior - 1),
+    "log_prob": lambda z, mu, logvar: -0.5 * (LOG_2PI + logvar + (z - mu) ** 2 / logvar.exp()),
     "fixed": lambda recon, x: 0.5 * (LOG_2PI + FIXED + (x - recon) ** 2 / math.exp(FIXED)),
     "logvar": lambda recon, x, logvar: 0.5 * (LOG_2PI + logvar + (x - recon) ** 2 / logvar.exp()),
     "std": lambda recon, x, std: 0.5 * LOG_2PI + torch.log(std) + 0.5 * ((x - recon) / std) ** 2,
@@ -130,6 +131,7 @@ TORCH: Formulas = {
     "kl": partial(kl_of_normals, "logvar"),
     "kl/prior": partial(kl_of_normals, "logvar"),
     **{f"kl/{form}": partial(kl_of_normals, form) for form in ("logstd", "std", "var")},
+    "log_prob": lambda z, mu, logvar: normal(mu, logvar).log_prob(z),
     "fixed": lambda recon, x: -normal(recon, torch.full_like(recon, FIXED)).log_prob(x),
     "logvar": lambda recon, x, logvar: -normal(recon, logvar).log_prob(x),
     "std": lambda recon, x, std: -Normal(recon, std, validate_args=False).log_prob(x),
@@ -145,12 +147,18 @@ TORCH: Formulas = {
 }
 
 
+def sampled(v: Values) -> Tensor:
+    """A sample. `z`, if given, is its value."""
+    z = reparameterize(v["mu"], v["logvar"], v["eps"])
+    if "z" not in v:
+        return z
+    # A gradient through z's dtype is rounded to it, as the value was.
+    return (z + (v["z"].to(z.dtype) - z).detach()).to(v["z"].dtype).to(z.dtype)
+
+
 def decoded(v: Values) -> Tensor:
-    """The reconstruction of a linear layer, whose input is h or a sample. `z`, if given, is that sample's value."""
-    h = v["h"] if "h" in v else reparameterize(v["mu"], v["logvar"], v["eps"])
-    if "z" in v:
-        # A gradient through z's dtype is rounded to it, as the value was.
-        h = (h + (v["z"].to(h.dtype) - h).detach()).to(v["z"].dtype).to(h.dtype)
+    """The reconstruction of a linear layer, whose input is h or a sample."""
+    h = v["h"] if "h" in v else sampled(v)
     weight, bias = v["weight"], v["bias"]
     dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), bias.dtype)  # products alone do not promote
     return F.linear(h.to(dtype), weight.to(dtype), bias.to(dtype))
@@ -176,6 +184,16 @@ class Op:
     def is_linear(self) -> bool:
         """Whether it has a linear layer inside: its tensors differ in shape, and what its products add up may cancel."""
         return "weight" in self.args
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it makes a reconstruction of a sample by itself."""
+        return "x" in self.args and "eps" in self.args
+
+    @property
+    def takes_own(self) -> bool:
+        """Whether a user's tensors can be given to it."""
+        return self.is_linear or not self.decodes
 
     @property
     def learned(self) -> list[str]:
@@ -225,6 +243,10 @@ class Op:
         out = getattr(home, self.function)(**v, **options)
         return list(out) if isinstance(out, tuple) else [out]
 
+    def sample(self, impl: Any, v: Values) -> Tensor:
+        """What it decodes. z's own error is compared where z is the result."""
+        return latent.reparameterize(v["mu"], v["logvar"], eps=v["eps"], impl=impl)
+
     def written(self, formulas: Formulas, v: Values) -> list[Tensor]:
         def quantity(name: str) -> Tensor:
             if name == "z":
@@ -247,8 +269,11 @@ class Op:
 
         return [quantity(name) for name in self.results]
 
-    usual = partialmethod(written, USUAL)
-    library = partialmethod(written, TORCH)
+    def usual(self, v: Values) -> list[Tensor]:
+        return self.written(USUAL, v)
+
+    def library(self, v: Values) -> list[Tensor]:
+        return self.written(TORCH, v)
 
     def truth(self, v: Values, ups: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Results, and the gradients in what is learned, in float64, each with its size."""
@@ -283,8 +308,12 @@ class Op:
         return [(t.value, t.size) for t in found if t is not None]
 
 
+def arguments_of(words: str) -> dict[str, str]:
+    return {name: axes for name, _, axes in (word.partition(":") for word in words.split())}
+
+
 OPS = tuple(
-    Op(name, {arg: axes for arg, _, axes in (word.partition(":") for word in args.split())}, results.split(), reduction)
+    Op(name, arguments_of(args), results.split(), reduction)
     for name, args, results, reduction in (
         ("reparameterize", "mu:z logvar:z eps:z", "z", "sample"),
         ("reparameterize_kl", "mu:z logvar:z eps:z", "z kl", "sample"),
