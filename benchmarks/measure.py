@@ -6,24 +6,25 @@ is the wall's; the host's share is what is left of a step when its tensors have 
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import machine as machines
+from .machine import Machine
 from .workloads import Draw, Result, Workload
 
 PEERS = ("eager", "torch parts", "compiled eager", "fastelbo", "compiled fastelbo")
 OURS = ("fastelbo", "compiled fastelbo")
 
 Inputs = dict[str, Tensor]
+Sample = tuple[float, float, float]  # seconds: forward, forward and backward, and until the host had queued both
 
 
 def peers(workload: Workload) -> dict[str, Callable[..., Result]]:
@@ -57,6 +58,12 @@ class Step:
     def __call__(self, loss: Callable[..., Result]) -> None:
         self.backward(self.forward(loss))
 
+    def results(self, loss: Callable[..., Result]) -> list[Tensor]:
+        """What the loss returns, and its gradients."""
+        outputs = self.forward(loss)
+        gradients = torch.autograd.grad(outputs, self.wanted, [None, self.grad_z][: len(outputs)], allow_unused=True)
+        return [o.detach() for o in outputs] + [g for g in gradients if g is not None]
+
 
 # ---- numerics --------------------------------------------------------------------------------------------------------------------
 
@@ -68,18 +75,11 @@ OWN_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 def errors(workload: Workload, losses: dict[str, Callable[..., Result]], inputs: Inputs) -> dict[str, float]:
     """Each peer's largest error over the loss, z and every gradient, against the eager formula in float64."""
-
-    def results(loss: Callable[..., Result], t: Inputs) -> list[Tensor]:
-        step = Step(t)
-        outputs = step.forward(loss)
-        step.backward(outputs)
-        return [o.detach() for o in outputs] + [w.grad for w in step.wanted if w.grad is not None]
-
     wide = {k: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for k, t in inputs.items()}
-    truth = results(workload.eager, wide)
+    truth = Step(wide).results(workload.eager)
     found = {}
     for peer, loss in losses.items():
-        pairs = zip(results(loss, inputs), truth, strict=True)
+        pairs = zip(Step(inputs).results(loss), truth, strict=True)
         found[peer] = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
     return found
 
@@ -92,34 +92,32 @@ def wrong(found: dict[str, float], dtype: torch.dtype) -> list[str]:
 # ---- time ------------------------------------------------------------------------------------------------------------------------
 
 
+def timed(machine: Machine, first: Callable[[], Any], second: Callable[[Any], object] = lambda _: None) -> Sample:
+    """Of `first`, and of `second` on what it returned."""
+    machine.synchronize()
+    # Small losses are timed without the gaps between launches.
+    machine.keep_busy()
+    begin = machine.mark()
+    start = time.perf_counter()
+    result = first()
+    halfway = machine.mark()
+    second(result)
+    host = time.perf_counter() - start
+    end = machine.mark()
+    machine.synchronize()
+    return machine.seconds(begin, halfway), machine.seconds(begin, end), host
+
+
 class Clock:
-    """(forward, step, host) seconds of one step; each call takes the next copy of the inputs."""
+    """Times one step; each call takes the next copy of the inputs."""
 
-    def __init__(self, steps: list[Step], device: torch.device):
-        self.steps, self.device, self.turn = steps, device, 0
+    def __init__(self, steps: list[Step], machine: Machine):
+        self.steps, self.machine, self.turn = steps, machine, 0
 
-    def __call__(self, loss: Callable[..., Result]) -> tuple[float, float, float | None]:
+    def __call__(self, loss: Callable[..., Result]) -> Sample:
         step = self.steps[self.turn % len(self.steps)]
         self.turn += 1
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            outputs = step.forward(loss)
-            middle = time.perf_counter()
-            step.backward(outputs)
-            return middle - start, time.perf_counter() - start, None
-        begin, halfway, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda.synchronize()
-        # A kernel that keeps the device busy while the host queues: small losses are then timed without launch gaps.
-        torch.cuda._sleep(4_000_000)
-        begin.record()
-        start = time.perf_counter()
-        outputs = step.forward(loss)
-        halfway.record()
-        step.backward(outputs)
-        host = time.perf_counter() - start
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(halfway) / 1e3, begin.elapsed_time(end) / 1e3, host
+        return timed(self.machine, partial(step.forward, loss), step.backward)
 
 
 def orders(peers: Sequence[str]) -> Iterator[list[str]]:
@@ -135,22 +133,27 @@ def orders(peers: Sequence[str]) -> Iterator[list[str]]:
         yield from rows
 
 
-def rounds(
-    clock: Clock, losses: dict[str, Callable[..., Result]], least: int, seconds: float
-) -> dict[str, list[tuple[float, float, float | None]]]:
+def rounds(times: dict[str, Callable[[], Sample]], least: int, seconds: float) -> dict[str, list[Sample]]:
     """Samples of every peer from the same rounds. Whoever follows a peer that leaves the caches cold, or makes the allocator give
     pages back, pays for it, so all follow all others equally often. At least `least` rounds, and more until `seconds` are spent.
     """
+    samples: dict[str, list[Sample]] = {p: [] for p in times}
+    schedule = orders(list(times))
+    start = time.perf_counter()
+    done = 0
+    while done < least or (time.perf_counter() - start < seconds and done < 200):
+        for peer in next(schedule):
+            samples[peer].append(times[peer]())
+        done += 1
+    return samples
+
+
+def clocked(clock: Clock, losses: dict[str, Callable[..., Result]]) -> dict[str, Callable[[], Sample]]:
+    """What `rounds` takes, warm."""
     for loss in losses.values():
         for _ in range(max(3, len(clock.steps))):
             clock(loss)
-    samples: dict[str, list[tuple[float, float, float | None]]] = {p: [] for p in losses}
-    schedule = orders(list(losses))
-    start = time.perf_counter()
-    while len(samples["eager"]) < least or (time.perf_counter() - start < seconds and len(samples["eager"]) < 200):
-        for peer in next(schedule):
-            samples[peer].append(clock(losses[peer]))
-    return samples
+    return {p: partial(clock, loss) for p, loss in losses.items()}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -159,24 +162,16 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def copy_of(machine: Machine) -> tuple[int, Callable[[], Sample]]:
+    """Bytes read plus bytes written by a large copy, and what times it."""
+    a, b = (torch.zeros(machine.copy_bytes, dtype=torch.uint8, device=machine.device) for _ in range(2))
+    return 2 * machine.copy_bytes, lambda: timed(machine, lambda: b.copy_(a))
+
+
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read plus bytes written; the better half of several, since noise only ever slows."""
-    n = 1 << (30 if device.type == "cuda" else 27)
-    a, b = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
-    times = []
-    for _ in range(9):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            b.copy_(a)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            b.copy_(a)
-            times.append(time.perf_counter() - start)
-    return 2 * n / statistics.median(sorted(times)[:5]) / 1e9
+    """GB/s of a large copy; the better half of several, since noise only ever slows."""
+    moved, copy = copy_of(machines.of(device))
+    return moved / statistics.median(sorted(copy()[0] for _ in range(9))[:5]) / 1e9
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------------------
@@ -184,75 +179,68 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def peak_memory(step: Step, loss: Callable[..., Result], device: torch.device) -> int:
     """Bytes beyond the inputs at the worst moment of a step, gradients included."""
-    if device.type == "cuda":
-        for t in step.wanted:
-            t.grad = None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step(loss)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
     for t in step.wanted:
         t.grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(loss)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return machines.of(device).peak_bytes(lambda: step(loss))
 
 
 # ---- one workload ----------------------------------------------------------------------------------------------------------------
 
 
+def checked(workload: Workload, losses: dict[str, Callable[..., Result]], inputs: Inputs, sizes: dict[str, int]) -> dict[str, Any]:
+    """The head of a record: the sizes, the byte model, the errors, and in `wrong` the peers whose numbers are off."""
+    dtype = next(t.dtype for t in inputs.values() if t.requires_grad)
+    elements, forward_elements, step_elements = workload.traffic(**sizes)
+    found = errors(workload, losses, inputs)
+    return {
+        "workload": workload.name, "source": workload.source, "dtype": str(dtype).removeprefix("torch."), "sizes": sizes,
+        "elements": elements, "bytes_forward": forward_elements * dtype.itemsize, "bytes_step": step_elements * dtype.itemsize,
+        "flops_step": 0 if workload.flops is None else workload.flops(**sizes), "errors": found, "wrong": wrong(found, dtype),
+    }  # fmt: skip
+
+
+def rotated(workload: Workload, machine: Machine, inputs: Inputs, sizes: dict[str, int]) -> list[Inputs]:
+    """As many draws of the inputs as keep a step from finding its own in the L2 cache."""
+    held = sum(t.numel() * t.element_size() for t in inputs.values())
+    copies = min(64, max(1, -(-3 * machine.l2_bytes // held)))
+    dtype = next(t.dtype for t in inputs.values() if t.requires_grad)
+    return [inputs] + [workload.inputs(Draw(machine.device, dtype, seed), **sizes) for seed in range(1, copies)]
+
+
 def measure(workload: Workload, device: torch.device, dtype: torch.dtype, scale: str, quick: bool, copy: float) -> dict[str, Any]:
     """A record of one workload: `peers` holds the figures of each, or `wrong` names those whose numbers are off, and no speed."""
     losses = peers(workload)
+    machine = machines.of(device)
     sizes = workload.sizes("quick" if quick and scale == "small" else scale)
     inputs = workload.inputs(Draw(device, dtype), **sizes)
-    elements, forward_elements, step_elements = workload.traffic(**sizes)
-    record: dict[str, Any] = {
-        "workload": workload.name, "source": workload.source, "dtype": str(dtype).removeprefix("torch."), "scale": scale,
-        "sizes": sizes, "elements": elements,
-        "bytes_forward": forward_elements * dtype.itemsize, "bytes_step": step_elements * dtype.itemsize, "copy_gb_per_s": copy,
-        "flops_step": 0 if workload.flops is None else workload.flops(**sizes),
-        "errors": errors(workload, losses, inputs),
-    }  # fmt: skip
-    record["wrong"] = wrong(record["errors"], dtype)
+    record = checked(workload, losses, inputs, sizes) | {"scale": scale, "copy_gb_per_s": copy}
     if record["wrong"]:
         return record
-    copies = 1
-    if device.type == "cuda":
-        held = sum(t.numel() * t.element_size() for t in inputs.values())
-        copies = min(64, max(1, -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // held)))
     own_noise = device.type == "cuda"
-    steps = [Step(inputs, own_noise)]
-    steps += [Step(workload.inputs(Draw(device, dtype, seed), **sizes), own_noise) for seed in range(1, copies)]
-    samples = rounds(Clock(steps, device), losses, *((7, 0.5) if quick else (31, 8.0)))
+    steps = [Step(t, own_noise) for t in rotated(workload, machine, inputs, sizes)]
+    samples = rounds(clocked(Clock(steps, machine), losses), *((7, 0.5) if quick else (31, 8.0)))
     host: dict[str, float | None] = dict.fromkeys(losses)
     if device.type == "cuda":
-        host = {p: 1e6 * statistics.median(h for *_, h in s if h is not None) for p, s in samples.items()}
+        host = {p: 1e6 * statistics.median(h for *_, h in s) for p, s in samples.items()}
     else:
         # Peers that torch.compile made would compile once more for these shapes, longer than everything else takes.
         bare = {p: f for p, f in losses.items() if not quick or not p.startswith("compiled")}
         tiny = Step(workload.inputs(Draw(device, dtype), **workload.sizes("tiny")))
-        for p, s in rounds(Clock([tiny], device), bare, *((15, 0.2) if quick else (51, 1.0))).items():
+        for p, s in rounds(clocked(Clock([tiny], machine), bare), *((15, 0.2) if quick else (51, 1.0))).items():
             host[p] = 1e6 * statistics.median(t for _, t, _ in s)
     record["rounds"] = len(samples["eager"])
-    record["peers"] = {}
-    for peer, s in samples.items():
-        step = spread([t for _, t, _ in s])
-        speed = record["bytes_step"] / step["median"] / 1e3
-        record["peers"][peer] = {
-            "forward_us": spread([t for t, _, _ in s]), "step_us": step, "host_us": host[peer],
-            "peak_bytes": peak_memory(steps[0], losses[peer], device), "gb_per_s": speed, "share_of_copy": speed / copy,
-            "gflop_per_s": record["flops_step"] / step["median"] / 1e3,
-        }  # fmt: skip
+    record["peers"] = {
+        p: figures(record, samples[p], copy) | {"host_us": host[p], "peak_bytes": peak_memory(steps[0], losses[p], device)}
+        for p in losses
+    }
     return record
+
+
+def figures(record: dict[str, Any], samples: list[Sample], copy: float) -> dict[str, Any]:
+    """Times of a peer, and what they come to by the models of bytes and operations; copy: GB/s."""
+    step = spread([t for _, t, _ in samples])
+    speed = record["bytes_step"] / step["median"] / 1e3
+    return {
+        "forward_us": spread([t for t, _, _ in samples]), "step_us": step, "gb_per_s": speed, "share_of_copy": speed / copy,
+        "gflop_per_s": record["flops_step"] / step["median"] / 1e3,
+    }  # fmt: skip
