@@ -94,11 +94,11 @@ def do_run(options: argparse.Namespace) -> int:
 
 
 def _done(path: Path, key: dict[str, Any]) -> set[tuple[str, str, str, bool]]:
-    """(workload, dtype, scale, quick) of the records that this commit already has on this device."""
+    """(workload, dtype, scale, quick) of the records that this commit already has on this device, with right numbers."""
     if not path.exists():
         return set()
     records = map(json.loads, path.read_text().splitlines())
-    same = [r for r in records if all(r["about"][k] == key[k] for k in ("device", "commit", "threads", "torch"))]
+    same = [r for r in records if not r["wrong"] and all(r["about"][k] == key[k] for k in ("device", "commit", "threads", "torch"))]
     return {(r["workload"], r["dtype"], r["scale"], r["quick"]) for r in same}
 
 

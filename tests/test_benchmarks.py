@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,26 @@ def test_wrong_gradients_report_no_speed(uncompiled: None, monkeypatch: pytest.M
 
 def test_nan_is_wrong() -> None:
     assert measure.wrong({"eager": float("nan"), "fastelbo": 0.0}, torch.float32) == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "error"),
+    [([2.0, 4.1], [2.0, 4.0], 0.025), ([0.0], [0.0], 0.0), ([1e-9], [0.0], math.inf), ([1.0, math.nan], [1.0, 2.0], math.nan)],
+)
+def test_largest_error(got: list[float], want: list[float], error: float) -> None:
+    """The worst of several results, whichever of them it is in."""
+    right = torch.ones(3)
+    for place in (0, 1):
+        pairs = [(right, right)]
+        pairs.insert(place, (torch.tensor(got), torch.tensor(want)))
+        found = measure.largest_error(*map(list, zip(*pairs, strict=True)))
+        assert found == pytest.approx(error, rel=1e-6, nan_ok=True)
+
+
+def test_products_may_be_off_by_more() -> None:
+    found = {"fastelbo": 1.5e-2, "eager": 0.05}
+    assert measure.wrong(found, torch.bfloat16) == ["fastelbo"]
+    assert measure.wrong(found, torch.bfloat16, products=True) == []
 
 
 def test_a_record_holds_every_figure(uncompiled: None) -> None:
@@ -153,6 +174,14 @@ def test_run_writes_lines_and_resumes(tmp_path: Path, uncompiled: None, capsys: 
     assert suite.main([*arguments, "--threads", "1", "--resume"]) == 0
     torch.set_num_threads(threads)
     assert len(out.read_text().splitlines()) == 2
+
+
+def test_resumed_run_measures_again_what_was_wrong(tmp_path: Path) -> None:
+    out, key = tmp_path / "bench.jsonl", recorded()["about"]
+    out.write_text(
+        "".join(json.dumps(recorded(workload=w, wrong=off)) + "\n" for w, off in (("mnist", []), ("vits", ["fastelbo"])))
+    )
+    assert suite._done(out, key) == {("mnist", "float32", "full", False)}
 
 
 @pytest.mark.parametrize(
