@@ -60,13 +60,21 @@ else:
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="K/N", default="0/1", help="every Nth test function, from the Kth on, of those selected")
+
+
 def pytest_report_header() -> list[str]:
     where = torch.cuda.get_device_name(0) if HAS_GPU else "CPU"
     kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "native"
     return [f"torch {torch.__version__} on {where}, {torch.get_num_threads()} threads; Triton kernels: {kernels}"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that shards share what these select
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    functions = {name: i for i, name in enumerate(dict.fromkeys(item.nodeid.split("[")[0] for item in items))}
+    items[:] = [item for item in items if functions[item.nodeid.split("[")[0]] % shards == shard]
     if HAS_GPU:
         return
     no_gpu = pytest.mark.skip(reason="no GPU that PyTorch can use")

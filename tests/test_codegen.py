@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_no_spills_and_16_byte_accesses(target: str, tmp_path: Path, native_env: dict[str, str]) -> None:
     out = tmp_path / "report.json"
-    # For time, every width of a linear decoder only on the target that compiles fastest, and the widest, where registers are fewest,
-    # on the others. Each case is compiled for one of NVIDIA's targets. `make codegen` has everything on every target.
+    # For time, every width of a linear decoder only on the target that compiles fastest, and the widest, where registers are
+    # fewest, on the others. Each case is compiled for one of NVIDIA's targets. `make codegen` has everything on every target.
     widths = ["16", "32", "64", "128"] if target == "gfx942" else ["128"]
     part = {"sm_90": ["0", "2"], "sm_80": ["1", "4"], "sm_100": ["3", "4"], "gfx942": ["0", "2"]}[target]
     command = [
