@@ -1,10 +1,13 @@
-"""What a result depends on, and so is keyed by."""
+"""What a result depends on, and so is keyed by. `python -m benchmarks.environment --out FILE` writes it, and prints more."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 
 import fastelbo
 from fastelbo import cli
+
+from . import machine as machines
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -45,3 +50,19 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return at.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.environment", description="What a result here depends on.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = machines.of(device)
+    options.out.write_text(json.dumps(about(device) | machine.clocks(), indent=2))
+    cli.main(["info"])
+    print(machine.status())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,6 @@ from torch import Tensor
 # As `nvidia-smi --help-query-gpu` names them; all are only read.
 CLOCKS = (
     "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-    "clocks_throttle_reasons.active",
 )  # fmt: skip
 
 
@@ -69,6 +68,9 @@ class Cpu:
     def clocks(self) -> dict[str, str]:
         return {}
 
+    def status(self) -> str:
+        return "no GPU"
+
 
 class Gpu:
     device = torch.device("cuda")
@@ -114,7 +116,12 @@ class Gpu:
         return results, graph.replay
 
     def clocks(self) -> dict[str, str]:
-        return read_clocks()
+        """Clocks, power and temperature; of the first GPU where there are several."""
+        values = nvidia_smi(f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader").split("\n")[0].split(",")
+        return dict(zip(CLOCKS, map(str.strip, values), strict=False))
+
+    def status(self) -> str:
+        return nvidia_smi("-q", "-d", "CLOCK,POWER,TEMPERATURE,PERFORMANCE,MEMORY")
 
 
 Machine = Cpu | Gpu
@@ -124,11 +131,9 @@ def of(device: torch.device) -> Machine:
     return Gpu() if device.type == "cuda" else Cpu()
 
 
-def read_clocks() -> dict[str, str]:
-    """Clocks, power and temperature as nvidia-smi prints them; of the first GPU where it names several."""
-    asked = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
+def nvidia_smi(*arguments: str) -> str:
+    """What it prints, or why it prints nothing."""
     try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        return {"nvidia-smi": f"no answer: {error}"}
-    return dict(zip(CLOCKS, (value.strip() for value in answer.split("\n")[0].split(",")), strict=False))
+        return f"no answer of nvidia-smi: {error}"
