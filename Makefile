@@ -88,24 +88,13 @@ codegen: $(READY) ## compile every kernel for each GPU target and print register
 bench: $(READY) ## measure five peers on every workload (BENCH_ARGS="--quick" for two minutes of it)
 	$(RUN) -m benchmarks $(BENCH_ARGS)
 
-# Each part that succeeds leaves a mark in RESULTS, so that a second call does what is missing; -k: one part's failure stops no other.
 .PHONY: gpu-check
-gpu-check: $(READY) ## on a GPU: the tests that run kernels natively, the numerics, and a quick benchmark; all output into RESULTS
-	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu-check needs a GPU that PyTorch can use; torch " + torch.__version__ + " sees none")'
-	mkdir -p $(RESULTS)
-	+$(MAKE) -k --no-print-directory $(RESULTS)/pytest.done $(RESULTS)/compare.done $(RESULTS)/bench.done
+gpu-check: $(READY) ## on a GPU, in nine minutes: kernels against a copy, tests, numerics, a quick benchmark; all into RESULTS
+	$(RUN) -m benchmarks.gpu_check --out $(RESULTS)
 
-$(RESULTS)/pytest.done:
-	set -o pipefail; $(RUN) -m pytest -m "gpu or triton" $(PYTEST_ARGS) 2>&1 | tee $(RESULTS)/pytest.txt
-	touch $@
-
-$(RESULTS)/compare.done:
-	set -o pipefail; $(RUN) -m fastelbo compare --json $(RESULTS)/compare.json --plot $(RESULTS)/compare.png 2>&1 | tee $(RESULTS)/compare.txt
-	touch $@
-
-$(RESULTS)/bench.done:
-	set -o pipefail; $(RUN) -m benchmarks --quick --resume --out $(RESULTS)/bench.jsonl $(BENCH_ARGS) 2>&1 | tee $(RESULTS)/bench.txt
-	touch $@
+.PHONY: gpu-check-rehearsal
+gpu-check-rehearsal: $(READY) ## the same on a CPU: the kernels interpreted, at toy sizes
+	$(RUN) -m benchmarks.gpu_check --out $(RESULTS)-rehearsal --cpu-rehearsal
 
 .PHONY: clean
 clean: ## remove build outputs and caches (not the virtual environment, not results)
