@@ -103,6 +103,6 @@ clean: ## remove build outputs and caches (not the virtual environment, not resu
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=python3.12 picks the interpreter; VENV= uses it as it is, for machines that bring their own torch."

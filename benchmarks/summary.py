@@ -133,8 +133,9 @@ def kernel_table(records: list[Record]) -> str:
             r["workload"], f"{r['elements']:,}", r["dtype"], f"{r['bytes_step'] / r['elements']:.1f}", f"{forward:,.0f}",
             f"{of_copy:.0%}" if alone else "",
             f"{step(ours):,.0f}", f"{ours['gb_per_s']:,.0f}", f"{ours['share_of_copy']:.0%}", f"{r['copy_gb_per_s']:,.0f}",
-            *(f"{times(p, step)(r):.2f}" for p in ("compiled eager", "eager")), f"{step(graph):,.0f}",
-            f"{graph['share_of_copy']:.0%}", f"{graph['capture_us'] / 1e3:.1f}",
+            *(f"{times(p, step)(r):.2f}" for p in ("compiled eager", "eager")),
+            *([graph["failed"], "", ""] if "failed" in graph else
+              [f"{step(graph):,.0f}", f"{graph['share_of_copy']:.0%}", f"{graph['capture_us'] / 1e3:.1f}"]),
             ", ".join(f"{memory(r['peers'][p]) / 2**20:.1f}" for p in ("fastelbo", "compiled eager", "eager")),
             ", ".join(c.get("clocks.sm", "") for c in clocks.values()),
         ])  # fmt: skip

@@ -174,6 +174,25 @@ def test_graph_with_other_numbers_reports_no_speed(monkeypatch: pytest.MonkeyPat
     assert "wrong numbers, no speed: CUDA graph nan" in summary.kernel_table([record])
 
 
+class Unable(machine.Cpu):
+    def capture(self, action: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def test_what_cannot_be_captured_is_timed_and_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(machine, "Cpu", Unable)
+    monkeypatch.setattr(kernels, "CASES", [c for c in kernels.CASES if c.name == "gaussian_kl"])
+    monkeypatch.setattr(kernels, "DTYPES", (torch.float32,))
+    assert kernels.main(["--out", str(tmp_path / "k.jsonl"), "--cpu-rehearsal"]) == 1
+    (record,) = summary.read_lines(tmp_path / "k.jsonl")
+    assert record["peers"]["fastelbo"]["step_us"]["median"] > 0
+    assert "of a copy; no graph, operation not permitted when stream is capturing" in capsys.readouterr().out
+    assert cells(summary.kernel_table([record]), "gaussian_kl")[12] == "operation not permitted when stream is capturing"
+
+
 def test_case_that_raises_is_told_and_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
