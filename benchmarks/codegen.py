@@ -1,10 +1,11 @@
-"""Compile every kernel ahead of time for real GPUs, without one: registers, spills, vector width, instructions per element.
+"""Compile every kernel ahead of time for real GPUs, without one: registers, spills, vector width, and what its loops cost.
 
-    python -m benchmarks.codegen [--target sm_90 ...] [--width 32 ...] [--part K N] [--json FILE]
+    python -m benchmarks.codegen [--target sm_90 ...] [--width 32 ...] [--part K N] [--json FILE] [--budget]
 
 The calls below go through the package's own host code; what it would launch is compiled instead. Exit status 1 if a kernel spills,
 if an elementwise kernel reads or writes dense float32 tensors in less than 16 bytes, if a kernel takes more shared memory than its
-targets have, or if one that should multiply matrices in matrix instructions has none.
+targets have, if one that should multiply matrices in matrix instructions has none, or if one is above its budget: the instructions
+of an element and the registers on sm_90 that budget.json holds, which `--budget` writes anew.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -38,8 +36,10 @@ except ImportError as error:
     raise SystemExit(f"benchmarks.codegen needs Triton 3.6 or newer, found {triton.__version__}") from error
 
 import fastelbo
+from benchmarks.assembly import CLASSES, Loop, accesses, in_flight, inspect_cuda, inspect_hip, loops_of, matrix_instructions
 from fastelbo import backend, kernels
 from fastelbo.kernels import launch as launch_module
+from fastelbo.kernels.tile import Block
 from fastelbo.specs import KL, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs
 
 # Bytes of shared memory of a program on the least of its architecture (of CUDA: 8.6, 8.9 and 12).
@@ -57,7 +57,9 @@ SCALARS = 8
 ELEMENTWISE = ("nll_kernel", "latent_kernel", "elbo_kernel")
 PRODUCTS = ("rows_kernel", "columns_kernel")
 WIDTHS = (16, 32, 64, 128)
-MATRIX = {"wgmma": r"[HQ]GMMA", "tcgen05": r"UTC\w*MMA", "mma": r"HMMA", "mfma": r"v_mfma_"}
+BUDGET_FILE = Path(__file__).parent / "budget.json"
+BUDGET: dict[str, dict[str, float]] = json.loads(BUDGET_FILE.read_text())
+HEADROOM = 1.05  # for another version of a compiler
 
 
 @dataclass
@@ -69,9 +71,19 @@ class Report:
     spills: int
     wide: int  # 16-byte global accesses
     narrow: int  # narrower ones
-    per_element: float | None  # instructions of the whole kernel over the elements of a thread; products have none to count by
+    loops: list[Loop]  # over tiles, of an elementwise kernel on NVIDIA's targets
+    in_flight: float  # on sm_90, bytes that a multiprocessor has under way over those that it needs; 0 where there is no loop
     matrix: str | None  # which matrix instructions
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.case}: {self.kernel}"
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What the budget limits."""
+        return {"instructions": round(max(loop.instructions for loop in self.loops), 1), "registers": self.registers}
 
 
 def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
@@ -187,6 +199,7 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "reparameterize_kl, seed, bf16", False, lambda: backward(latent(bf16, seed=1))
     yield "reparameterize_kl, eps", True, lambda: backward(latent(f32, eps=torch.zeros(64, 32)))
     yield "reparameterize_kl, 4 samples", True, lambda: backward(latent(f32, seed=1, num_samples=4))
+    yield "reparameterize_kl, odd latents", False, lambda: backward(latent(f32, (64, 21), seed=1))
     yield "reparameterize_kl, odd sizes", False, lambda: backward(latent(f32, (63, 21), seed=1, num_samples=3))
     yield "packed moments", True, lambda: backward(fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1))
 
@@ -287,42 +300,8 @@ def source(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def inspect_cuda(compiled: Any) -> tuple[int, int, list[str]]:
-    """(registers, spilled bytes, SASS instructions)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    return int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]), [c for c in code if c != "NOP"]
-
-
-def inspect_hip(compiled: Any) -> tuple[int, int, list[str]]:
-    text = compiled.asm["amdgcn"]
-    figures = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)}
-    # Scalars that do not fit are no spill where no memory is used: the compiler parks them in the lanes of a vector register, an
-    # instruction for each. It does so with the float64 coefficients that it lifts out of a loop.
-    spills = figures["vgpr_spill_count"] + figures["private_segment_fixed_size"]
-    return figures["vgpr_count"], spills, re.findall(r"^\t([sv]_\w+|(?:global|buffer|flat|ds)_\w+)", text, re.MULTILINE)
-
-
-def accesses(code: list[str], kind: str) -> tuple[int, int]:
-    """(16-byte, narrower) global loads and stores."""
-    if kind == "cuda":
-        memory = [c for c in code if c.startswith(("LDG", "STG"))]
-        return sum(".128" in c for c in memory), sum(".128" not in c for c in memory)
-    memory = [c for c in code if re.match(r"(global|buffer|flat)_(load|store)", c)]
-    return sum("dwordx4" in c for c in memory), sum("dwordx4" not in c for c in memory)
-
-
-def compiled(kernel: Any, args: tuple[Any, ...], tuned: dict[str, int] | None, name: str) -> tuple[int, int, list[str], int, int]:
-    """(registers, spilled bytes, instructions, threads of a program, bytes of its shared memory) on a target."""
+def compiled(kernel: Any, args: tuple[Any, ...], tuned: dict[str, int] | None, name: str) -> tuple[Any, ...]:
+    """(registers, spilled bytes, instructions, assembly, threads of a program, bytes of its shared memory) on a target."""
     target = TARGETS[name]
     options = launch_module.options(target.backend, target.arch if target.backend == "cuda" else 0, tuned)
     binary = triton.compile(source(kernel, args), target=target, options=options)
@@ -331,12 +310,14 @@ def compiled(kernel: Any, args: tuple[Any, ...], tuned: dict[str, int] | None, n
     return *inspected[binary.hash], options["num_warps"] * target.warp_size, binary.metadata.shared
 
 
-inspected: dict[str, tuple[int, int, list[str]]] = {}
+inspected: dict[str, tuple[int, int, list[str], str]] = {}
 
 
-def matrix_instructions(code: list[str]) -> str:
-    kinds = [kind for kind, pattern in MATRIX.items() if any(re.match(pattern, c) for c in code)]
-    return ", ".join(kinds) or "none"
+def tile_of(args: Any) -> int:
+    """Elements of a tile, as the launch's own record says; 0 where it has none."""
+    if isinstance(args, Block):
+        return args.BM * args.BN
+    return max(map(tile_of, args), default=0) if isinstance(args, tuple) else 0
 
 
 def reports(targets: list[str], widths: list[int], part: tuple[int, int] = (0, 1)) -> Iterator[Report]:
@@ -354,12 +335,19 @@ def reports(targets: list[str], widths: list[int], part: tuple[int, int] = (0, 1
                     if key in seen:
                         continue
                     seen.add(key)
-                registers, spills, code, threads, shared = compiled(kernel, args, tuned, name)
+                registers, spills, code, text, threads, shared = compiled(kernel, args, tuned, name)
                 wide, narrow = accesses(code, TARGETS[name].backend)
-                products = title in PRODUCTS
-                each = None if products else len(code) * threads / launch_module.TILE
-                matrix = matrix_instructions(code) if products else None
-                report = Report(case, title, name, registers, spills, wide, narrow, each, matrix)
+                found, flight = [], 0.0
+                if title in ELEMENTWISE and TARGETS[name].backend == "cuda":
+                    found = loops_of(text, tile_of(args) / threads)
+                    if name == "sm_90":
+                        flight = min(in_flight(registers, threads, tile_of(args) * loop.read) for loop in found)
+                matrix = matrix_instructions(code) if title in PRODUCTS else None
+                report = Report(case, title, name, registers, spills, wide, narrow, found, flight, matrix)
+                limit = BUDGET.get(report.key) if name == "sm_90" and found else None
+                if limit:
+                    over = {what: n for what, n in report.cost.items() if n > limit[what] * HEADROOM}
+                    report.problems += [f"{n:g} {what}, where the budget is {limit[what]:g}" for what, n in over.items()]
                 if spills:
                     report.problems.append(f"spills {spills} bytes")
                 if strict and title in ELEMENTWISE and narrow > SCALARS:
@@ -371,39 +359,66 @@ def reports(targets: list[str], widths: list[int], part: tuple[int, int] = (0, 1
                 yield report
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
-    parser.add_argument("--width", nargs="*", type=int, choices=WIDTHS, default=list(WIDTHS), help="of a linear decoder's input")
-    parser.add_argument(
-        "--part", nargs=2, type=int, default=[0, 1], metavar=("K", "N"), help="every N-th elementwise case from K on"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    options = parser.parse_args(argv)
-    from rich.console import Console
+def tables(found: list[Report]) -> Iterator[Any]:
     from rich.table import Table
 
     table = Table(title=f"fastelbo {fastelbo.__version__}, Triton {triton.__version__}")
     for heading in ("case", "kernel", "target"):
         table.add_column(heading)
-    for heading in ("registers", "spills", "16-byte", "narrower", "instr./element", "matrix"):
+    for heading in ("registers", "spills", "16-byte", "narrower", "matrix"):
         table.add_column(heading, justify="right")
+    for r in found:
+        figures = (str(r.registers), str(r.spills), str(r.wide), str(r.narrow), r.matrix or "")
+        table.add_row(r.case, r.kernel, r.target, *figures, style="red" if r.problems else None)
+    yield table
+
+    table = Table(
+        title="Of an element, in the loops over tiles on sm_90, and elements a second of an H100 by each floor",
+        caption="in flight: bytes under way on a multiprocessor, over those that hide its memory's latency",
+    )
+    for heading in ("case", "kernel"):
+        table.add_column(heading)
+    for heading in (*CLASSES, "other", "instructions", "bytes", "issue, G/s", "memory, G/s", "binds", "in flight"):
+        table.add_column(heading, justify="right")
+    for r in found:
+        for loop in r.loops if r.target == "sm_90" else ():
+            classes = (f"{loop.classes.get(kind, 0):.1f}" for kind in (*CLASSES, "other"))
+            rates = (f"{rate / 1e9:.0f}" for rate in loop.rates)
+            figures = (*classes, f"{loop.instructions:.1f}", f"{loop.bytes:.1f}", *rates, loop.bound, f"{r.in_flight:.1f}")
+            table.add_row(r.case, r.kernel, *figures)
+    yield table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
+    parser.add_argument("--width", nargs="*", type=int, choices=WIDTHS, default=list(WIDTHS), help="of a linear decoder's input")
+    parser.add_argument("--part", nargs=2, type=int, default=[0, 1], metavar=("K", "N"), help="every N-th case, from the K-th on")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--budget", action="store_true", help="write what was found on sm_90 to budget.json")
+    options = parser.parse_args(argv)
+    from rich.console import Console
+
     found = []
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 190)
     with console.status("compiling") as status:
         for r in reports(options.target, options.width, tuple(options.part)):
             status.update(f"compiling: {r.case}, {r.kernel}, {r.target}")
             found.append(r)
-            style = "red" if r.problems else None
-            figures = (str(r.registers), str(r.spills), str(r.wide), str(r.narrow))
-            figures += ("" if r.per_element is None else f"{r.per_element:.1f}", r.matrix or "")
-            table.add_row(r.case, r.kernel, r.target, *figures, style=style)
-    console.print(table)
+    for table in tables(found):
+        console.print(table)
     for r in found:
         for problem in r.problems:
             console.print(f"[red]{r.case}, {r.kernel}, {r.target}: {problem}")
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(r) for r in found], indent=1))
+    if options.budget:
+        costs: dict[str, dict[str, float]] = {}
+        for r in found:
+            if r.loops and r.target == "sm_90":
+                before = costs.get(r.key, r.cost)  # of a forward and a backward pass the larger
+                costs[r.key] = {what: max(n, before[what]) for what, n in r.cost.items()}
+        BUDGET_FILE.write_text(json.dumps(costs, indent=1) + "\n")
     return 1 if any(r.problems for r in found) else 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import half_expm1_and_remainder, log, log1p_exp_and_sigmoid, log1p_gap, stirling_remainders
+from .math import log, log1p_exp_and_sigmoid, log1p_gap, sigma_expm1_remainder, stirling_remainders
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def zero_inflated_math(x, term, in_mean, in_theta, logits):
 
     A zero has probability 1 - q with q = (1 - e**-term) sigmoid(-logits).
     """
-    expm1, _ = half_expm1_and_remainder(-term)
+    _, expm1, _ = sigma_expm1_remainder(-term)
     small, inflated = log1p_exp_and_sigmoid(logits)
     _, counted = log1p_exp_and_sigmoid(-logits)
     small_of_both, of_zero = log1p_exp_and_sigmoid(logits + term)

@@ -19,13 +19,13 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
 from .launch import Fold, fold, scalar, tile_size, views
-from .math import divide, exp, half_expm1_and_remainder, log1p_gap, sqrt
+from .math import divide, exp, log1p_gap, sigma_expm1_remainder, sqrt
 from .op import op_of
 from .philox import normal_rows
 from .reduction import ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
 from .tile import Block, Grid, load, read, store, tile_at, tiles_of, zeros
 
-# Where the noise comes from: nowhere (no sampling), a tensor, a seed with rows that start at a multiple of four, any other rows.
+# Where the noise comes from: nowhere (no sampling), a tensor, a seed with tiles that start at a multiple of four, any other tiles.
 NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
 
 # What the spreads of posterior and prior are.
@@ -99,18 +99,19 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
         return plan_latent(inputs, spec, wanted, acc, dense=True)
     elements, noise = math.prod(shape), NO_NOISE if eps is None else GIVEN
     if seed is not None:
-        starts_aligned = view.rows == 1 or view.cols % 4 == 0
-        noise = ALIGNED if starts_aligned and (samples is None or elements % 4 == 0) else UNALIGNED
+        # The tiles of a first sample start at a multiple of four.
+        noise = ALIGNED if samples is None or elements % 4 == 0 else UNALIGNED
         if noise is UNALIGNED:
             # A Philox call for each element fills the registers at half the tile.
             view = fold(shape, kl.keep, tensors, True, tile_size(acc) // 2)
+    most = max((samples or 1) * elements, view.reach + ((samples or 1) - 1) * max(steps))
     terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else Sums()
     squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else Sums()
     factors = [scalar(f, acc, inputs.mu.device) for f in (kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)))]
     factors.append(None if kl.balance is None else scalar(kl.balance, acc, inputs.mu.device))
     return Plan(
         latent_kernel,
-        (*view.grid(view.programs), 1 if samples is None else samples, elements),
+        (*view.grid(view.programs), samples, elements),
         LatentArgs(LatentTensors(*view.operands(tensors)), steps, view.cols, terms.parts, squares.parts, seed, *factors),
         LatentFlags(
             noise.value,
@@ -118,7 +119,7 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
             terms.sink.value,
             kl.clamp is not None,
             PARAMETERS[kl.parameter].value,
-            view.block(acc),
+            view.block(acc, most),
         ),
         terms,
         tuple(gradients),
@@ -231,7 +232,7 @@ def _of_logarithms(d, spread, prior_spread, PARAMETER: tl.constexpr):
         logvar = v
         v = logvar - prior
         d_mu = d * root * root
-    expm1, remainder = half_expm1_and_remainder(v)
+    _, expm1, remainder = sigma_expm1_remainder(v)
     if prior_spread is not None:
         # Far from the prior the rounding of v moves e**v by many times its own: `low` is what v lost (Knuth's two-sum).
         back = v - logvar
@@ -270,9 +271,9 @@ def _of_ratio(d, spread, prior_spread, PARAMETER: tl.constexpr):
 def sigma_of(spread, PARAMETER: tl.constexpr):
     """The standard deviation."""
     if PARAMETER == LOGVAR:
-        return exp(0.5 * spread)
+        return sigma_expm1_remainder(spread)[0]
     elif PARAMETER == LOGSTD:
-        return exp(spread)
+        return sigma_expm1_remainder(2.0 * spread)[0]
     elif PARAMETER == STD:
         return spread
     else:
@@ -308,13 +309,15 @@ def kl_tile(tile, mu, spread, gain, args, C: tl.constexpr):
     if t.grad_kl is not None:
         g = gain * load(t.grad_kl, tile, B)
     d_mu, d_spread, d_prior_spread = d_mu * g, d_spread * g, d_prior_spread * g
-    present = tile.mask
     if t.weight is not None:
         w = load(t.weight, tile, B)
         present = tile.mask & (w != 0.0)
-        term = term * w
+        term = tl.where(present, term * w, 0.0)
         d_mu, d_spread = tl.where(present, d_mu * w, 0.0), tl.where(present, d_spread * w, 0.0)
         d_prior_spread = tl.where(present, d_prior_spread * w, 0.0)
+    elif C.CLAMP or C.PARAMETER == STD or C.PARAMETER == VAR or t.prior_mu is not None or t.prior_spread is not None:
+        # What does not exist reads as 0, which is the mean and the logarithm of the standard prior: its KL is 0.
+        term = tl.where(tile.mask, term, 0.0)
     d_prior_mu = -d_mu
     if args.balance is not None:
         of_prior = read(args.balance, B.ACC)
@@ -322,7 +325,7 @@ def kl_tile(tile, mu, spread, gain, args, C: tl.constexpr):
         d_mu, d_spread = (1.0 - of_prior) * d_mu, (1.0 - of_prior) * d_spread
     store(t.d_prior_mu, d_prior_mu, tile, B)
     store(t.d_prior_spread, d_prior_spread, tile, B)
-    return tl.where(present, term, 0.0), d_mu, d_spread
+    return term, d_mu, d_spread
 
 
 @triton.jit
@@ -339,8 +342,29 @@ def _store_squares(noise, sample, grid, tile, args, B: tl.constexpr):
 
 
 @triton.jit
+def sample_tile(number, elements, grid, tile, mu, sigma, args, C: tl.constexpr):
+    """Draw, and store, the tile of one sample; and the gradients that come through it, in mu and sigma."""
+    t = args.tensors
+    B: tl.constexpr = C.BLOCK
+    sample = core.to_tensor(number).to(B.INDEX)
+    if C.NOISE == GIVEN:
+        noise = load(t.eps, tile, B, sample * args.steps.eps)
+    else:
+        first = sample * elements + tile.rows.to(B.INDEX) * grid.cols + tile.first
+        noise = normal_rows(tl.load(args.seed), first, B.BN, C.NOISE == ALIGNED).to(B.ACC)
+    store(t.z, mu + sigma * noise, tile, B, sample * args.steps.z)
+    if args.squares is not None:
+        _store_squares(noise, sample, grid, tile, args, B)
+    if t.grad_z is not None:
+        grad_z = load(t.grad_z, tile, B, sample * args.steps.grad_z)
+        return grad_z, grad_z * noise
+    else:
+        return zeros(B), zeros(B)
+
+
+@triton.jit
 def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
-    """The tiles pid, pid + programs, ... of one call. Who owns an element draws its `samples`; each sample has `elements`."""
+    """The tiles pid, pid + programs, ... of one call. Who owns an element draws its `samples` (None is one) of `elements` each."""
     t = args.tensors
     B: tl.constexpr = C.BLOCK
     gain = read(args.gain, B.ACC) * read(args.beta, B.ACC)
@@ -357,28 +381,21 @@ def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
         d_mu = zeros(B)
         d_spread = zeros(B)
         if C.KL:
-            term, of_mu, of_spread = kl_tile(tile, mu, spread, gain, args, C)
-            d_mu += of_mu
-            d_spread += of_spread
+            term, d_mu, d_spread = kl_tile(tile, mu, spread, gain, args, C)
             sum_terms = collect(term, sum_terms, t.terms, args.parts, tile, C.TERMS, B)
         if C.NOISE != NO_NOISE:
             sigma = sigma_of(spread, C.PARAMETER)
-            d_sigma = zeros(B)
-            for number in range(samples):
-                sample = core.to_tensor(number).to(tl.int64)
-                if C.NOISE == GIVEN:
-                    noise = load(t.eps, tile, B, sample * args.steps.eps)
-                else:
-                    first = sample * elements + tile.rows.to(tl.int64) * grid.cols + tile.first
-                    noise = normal_rows(tl.load(args.seed), first, B.BN, C.NOISE == ALIGNED).to(B.ACC)
-                store(t.z, mu + sigma * noise, tile, B, sample * args.steps.z)
-                if args.squares is not None:
-                    _store_squares(noise, sample, grid, tile, args, B)
-                if t.grad_z is not None:
-                    grad_z = load(t.grad_z, tile, B, sample * args.steps.grad_z)
-                    d_mu += grad_z
-                    d_sigma += grad_z * noise
-            d_spread += through_sigma(d_sigma, sigma, C.PARAMETER)
+            if samples is None:
+                of_mu, of_sigma = sample_tile(0, elements, grid, tile, mu, sigma, args, C)
+            else:
+                of_mu = zeros(B)
+                of_sigma = zeros(B)
+                for number in range(samples):
+                    one_mu, one_sigma = sample_tile(number, elements, grid, tile, mu, sigma, args, C)
+                    of_mu += one_mu
+                    of_sigma += one_sigma
+            d_mu += of_mu
+            d_spread += through_sigma(of_sigma, sigma, C.PARAMETER)
         if C.CLAMP:
             d_spread = tl.where((given < low) | (given > high), 0.0, d_spread)
         store(t.d_mu, d_mu, tile, B)

@@ -43,11 +43,13 @@ class Fold(NamedTuple):
     per_out: int
     bm: int
     bn: int
+    lead: int  # as `Block` has it
+    reach: int  # the largest offset of an element in an operand
     strides: tuple[tuple[int, ...], ...]  # of each operand, as `Operand` has them
 
     @property
     def chunks(self) -> int:
-        return -(-self.cols // self.bn)
+        return -(-(self.cols + self.lead) // self.bn)
 
     @property
     def tiles(self) -> int:
@@ -61,8 +63,11 @@ class Fold(NamedTuple):
         """The fields of `Grid` up to `cols`."""
         return programs, self.rows, self.r1, self.r2
 
-    def block(self, acc: torch.dtype) -> Block:
-        return Block(self.dims, self.bm, self.bn, TYPES[acc])
+    def block(self, acc: torch.dtype, most: int = 0) -> Block:
+        """`most` is the largest number that a kernel makes of an element beside its offsets."""
+        # A batch of videos exceeds 2**31 elements. Other offsets take half the instructions.
+        index = tl.int32 if max(self.reach, most) < 2**31 else tl.int64
+        return Block(self.dims, self.bm, self.bn, self.lead, TYPES[acc], index)
 
     def operands(self, tensors: Sequence[Tensor | None]) -> list[Operand | None]:
         """The records of the tensors that this view was made for."""
@@ -77,7 +82,8 @@ def tile_size(acc: torch.dtype) -> int:
 def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordered: bool = False, tile: int = TILE) -> Fold | None:
     """The common view of `operands` (of `shape`, or None) whose sums keep `keep` dimensions; None if one of them must be copied.
 
-    `ordered` keeps the logical order of the elements, which noise is numbered by; otherwise they are walked in memory order.
+    `ordered` keeps the logical order of the elements, which noise is numbered by, and lets tiles start where 4 divides a number;
+    otherwise elements are walked in memory order.
     """
     if math.prod(shape) >= 2**31 * tile // 2:
         raise ValueError(f"a tensor of shape {tuple(shape)} has more tiles than one launch can number")
@@ -112,11 +118,13 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
         raise ValueError(
             f"a tensor of shape {shape} lies in {count} separate rows, more than one launch can number; make it contiguous"
         )
-    bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols))
+    lead = 3 if ordered and count > 1 and cols % 4 else 0
+    bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols + lead))
+    reach = max((sum((n - 1) * s for n, s in zip(shape, step, strict=True)) for step in given), default=0)
     each = iter([tuple(steps[i] for _, steps in rows) + (1,) * col_steps[i] for i in range(len(given))])
     own = tuple(() if s is None else next(each) for s in strides)
     r1, r2 = [1, 1, *sizes][-2:]
-    return Fold(count, cols, len(rows), r1, r2, math.prod(size for size, _ in inner[:-1]), tile // bn, bn, own)
+    return Fold(count, cols, len(rows), r1, r2, math.prod(size for size, _ in inner[:-1]), tile // bn, bn, lead, reach, own)
 
 
 def views(tensors: Sequence[Tensor | None], shape: torch.Size, dense: bool) -> list[Tensor | None]:

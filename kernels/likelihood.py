@@ -380,7 +380,7 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
     if C.D_VARIANCE == TOTAL:
         tl.store(args.variance_parts + pid, tl.sum(sum_variance))
     elif C.D_VARIANCE == COLS:
-        chunks = chunks_of(grid.cols, B.BN)
+        chunks = chunks_of(grid.cols, B)
         c = (pid % chunks).to(tl.int64) * B.BN + tl.arange(0, B.BN)
         at = (pid // chunks).to(tl.int64) * grid.cols + c
         tl.store(args.variance_parts + at, tl.sum(sum_variance, 0), c < grid.cols)

@@ -82,6 +82,20 @@ def log_normal_f32(x):
 
 
 @triton.jit
+def minus_2_log(u):
+    """-2 log(u) for a float32 block u from 2**-33 to 1, within 5 ulp: a normal's squared radius, whose root halves the error."""
+    # As in `log_normal_f32`.
+    bits = u.to(tl.int32, bitcast=True)
+    e = tl.sub(bits, 0x3F2AAAAB, sanitize_overflow=False) & -8388608
+    f = tl.sub(bits, e, sanitize_overflow=False).to(tl.float32, bitcast=True) - 1.0
+    p = polynomial(f, (  # -2 log(1 + f) / f
+        0.30731385946273804, -0.3422236144542694, 0.32840174436569214, -0.39590075612068176, 0.5001524090766907,
+        -0.6667597889900208, 0.9999987483024597, -1.9999996423721313,
+    ))  # fmt: skip
+    return tl.fma(p, f, e.to(tl.float32) * -1.6525916589735634e-07)  # -2 log(2) * 2**-23
+
+
+@triton.jit
 def log1p_exp_and_sigmoid(m):
     """(log(1 + e**-|m|), 1 / (1 + e**-m)) for a float32 or float64 block."""
     e = exp(-tl.abs(m))
@@ -100,10 +114,11 @@ def log1p_exp_and_sigmoid(m):
 
 
 @triton.jit
-def half_expm1_and_remainder(v):
-    """Half of (e**v - 1, e**v - 1 - v) for a float32 or float64 block, free of cancellation; the second is never negative.
+def sigma_expm1_remainder(v):
+    """e**(v/2), and half of (e**v - 1, e**v - 1 - v), for a float32 or float64 block: a log-variance's parts, for one exponential.
 
-    The halves are what a KL is made of, and they fit where e**v itself has overflowed: up to log(2) further.
+    Free of cancellation near 0, and the last is never negative. The halves are what a KL is made of, and they fit where e**v itself
+    has overflowed: up to log(2) further. In float32 a first part below 2**-125.5 is 0.
     """
     if v.dtype == tl.float64:
         p = polynomial(v, (  # (e**v - 1 - v) / v**2 for |v| <= 1
@@ -116,28 +131,28 @@ def half_expm1_and_remainder(v):
         # Past the overflow of e**v the minimum keeps inf - inf from arising.
         far = e - 0.5 * tl.minimum(v, 800.0, propagate_nan=tl.PropagateNan.ALL)
         near = tl.abs(v) <= 1.0
-        return tl.where(near, 0.5 * (v + w), e), tl.where(near, 0.5 * w, far)
+        return tl.exp(0.5 * v), tl.where(near, 0.5 * (v + w), e), tl.where(near, 0.5 * w, far)
     else:
-        tl.static_assert(v.dtype == tl.float32, "half_expm1_and_remainder: widen to float32 first")
-        v = tl.minimum(v, 89.5, propagate_nan=tl.PropagateNan.ALL)
-        x = tl.maximum(v, -40.0, propagate_nan=tl.PropagateNan.ALL)  # e**-40 is nothing beside 1
-        near = tl.abs(v) <= 1.0
-        # x = n log(2) + r as in `exp`, with n = 0 near zero. The low bits of t make 2**(n-2): n is up to 129, and 2**128 too large.
-        t = tl.where(near, 12583037.0, tl.fma(x, 1.4426950408889634, 12583037.0))
-        n = t - 12583037.0
-        quarter = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-        r = tl.fma(n, -0.693145751953125, x)
-        r = tl.fma(n, -1.4286068202862268e-06, r)
-        p = polynomial(r, (  # (e**r - 1 - r) / r**2 for |r| <= 1
-            2.772283778540441e-06, 2.535482963139657e-05, 0.0001984402333619073, 0.001388545148074627,
-            0.00833331048488617, 0.04166673496365547, 0.1666666716337204, 0.5,
+        tl.static_assert(v.dtype == tl.float32, "sigma_expm1_remainder: widen to float32 first")
+        v = tl.minimum(v, 179.0, propagate_nan=tl.PropagateNan.ALL)  # where both e**(v/2) and e**v have overflowed
+        x = tl.maximum(v, -175.0, propagate_nan=tl.PropagateNan.ALL)
+        # x = 2 n log(2) + r, with n = 0 near zero. The low bits of t make f = 2**(n-1).
+        t = tl.where(tl.abs(v) <= 1.0, 12583038.0, tl.fma(x, 0.7213475204444817, 12583038.0))
+        n = t - 12583038.0
+        f = (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        r = tl.fma(n, -1.38629150390625, x)
+        r = tl.fma(n, -2.8572136405724535e-06, r)
+        # With q = e**(r/2) - 1: s is 4 (q - r/2), twice is 2 q, and s + twice**2 / 2 is 2 (e**r - 1 - r).
+        p = polynomial(r, (
+            6.211134405020857e-06, 8.738748147152364e-05, 0.0010416815057396889, 0.010416449047625065, 0.0833333283662796, 0.5,
         ))  # fmt: skip
-        w = p * r * r  # in this order it rounds once where r * r is subnormal
-        q = r + w
-        grow = quarter - 0.25
-        expm1 = 2.0 * tl.fma(quarter, q, grow)
-        remainder = 2.0 * tl.fma(quarter, q, tl.fma(v, -0.25, grow))
-        return expm1, tl.where(near, 0.5 * w, remainder)
+        s = p * r * r  # in this order it rounds once where r * r is subnormal
+        twice = tl.fma(s, 0.5, r)
+        rest = tl.fma(0.5 * twice, twice, s)
+        square = f * f
+        # Sums of terms that are never negative, infinite ones too, so that no inf - inf arises.
+        base = tl.fma(tl.fma(square, 2.0, -0.5), 1.0 + r, 0.5 * r)
+        return f * (2.0 + twice), tl.fma(square, rest, base), tl.fma(square, rest, tl.fma(v, -0.5, base))
 
 
 @triton.jit

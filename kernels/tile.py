@@ -24,12 +24,14 @@ class Operand(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The shape of a tile, and the dtype of the arithmetic; a constant of each launch."""
+    """The shape of a tile, and the dtypes of the arithmetic and of offsets; a constant of each launch."""
 
     DIMS: int  # of the rows
     BM: int
     BN: int
+    LEAD: int  # 3: a row's tiles start up to so many elements before it, where 4 divides their numbers; otherwise 0
     ACC: tl.dtype
+    INDEX: tl.dtype
 
 
 class Grid(NamedTuple):
@@ -51,7 +53,7 @@ class Tile(NamedTuple):
     in_rows: Any  # (BM,): which of the rows exist
     chunk: Any  # the tile is the chunk-th of the `chunks` of its rows
     chunks: Any
-    first: Any  # its first column
+    first: Any  # its first column; with LEAD that of each row (BM,), which may be negative
     mask: Any  # (BM, BN): which elements exist
 
 
@@ -74,48 +76,55 @@ def zeros(B: tl.constexpr):
 
 
 @triton.jit
-def chunks_of(cols, BN: tl.constexpr):
+def chunks_of(cols, B: tl.constexpr):
     """Tiles along a row."""
-    return (cols - 1) // BN + 1  # tl.cdiv overflows just below 2**31
+    return (cols + (B.LEAD - 1)) // B.BN + 1  # tl.cdiv overflows just below 2**31
 
 
 @triton.jit
 def tiles_of(grid, B: tl.constexpr):
-    return ((grid.rows - 1) // B.BM + 1) * chunks_of(grid.cols, B.BN)
+    return ((grid.rows - 1) // B.BM + 1) * chunks_of(grid.cols, B)
 
 
 @triton.jit
 def tile_at(index, grid, B: tl.constexpr):
     """The tile of that number, in the order in which rows are walked."""
-    chunks = chunks_of(grid.cols, B.BN)
+    chunks = chunks_of(grid.cols, B)
     rows = (index // chunks) * B.BM + tl.arange(0, B.BM)
     chunk = index % chunks
     first = chunk.to(grid.cols.dtype) * B.BN
     in_rows = rows < grid.rows
-    mask = in_rows[:, None] & (tl.arange(0, B.BN) < grid.cols - first)[None, :]
+    if B.LEAD == 0:
+        mask = in_rows[:, None] & (tl.arange(0, B.BN) < grid.cols - first)[None, :]
+    else:
+        first = first - ((rows * grid.cols.to(tl.int32)) & B.LEAD)
+        column = first[:, None] + tl.arange(0, B.BN)[None, :]
+        UNSIGNED: tl.constexpr = tl.uint64 if column.dtype == tl.int64 else tl.uint32  # where a negative number is a large one
+        mask = in_rows[:, None] & (column.to(UNSIGNED) < grid.cols.to(UNSIGNED))
     return Tile(rows, grid.r1, grid.r2, in_rows, chunk, chunks, first, mask)
 
 
 @triton.jit
-def row_offset(rows, r1, r2, strides, DIMS: tl.constexpr):
-    """Offsets of a block of rows, in int64: a batch of videos exceeds 2**31 elements."""
-    if DIMS == 0:
-        return rows.to(tl.int64) * 0
-    elif DIMS == 1:
-        return rows.to(tl.int64) * strides[0]
-    elif DIMS == 2:
-        return (rows // r2).to(tl.int64) * strides[0] + (rows % r2).to(tl.int64) * strides[1]
+def row_offset(rows, r1, r2, strides, B: tl.constexpr):
+    """Offsets of a block of rows."""
+    I: tl.constexpr = B.INDEX
+    if B.DIMS == 0:
+        return rows.to(I) * 0
+    elif B.DIMS == 1:
+        return rows.to(I) * strides[0]
+    elif B.DIMS == 2:
+        return (rows // r2).to(I) * strides[0] + (rows % r2).to(I) * strides[1]
     else:
         outer = rows // r2
-        high = (outer // r1).to(tl.int64) * strides[0] + (outer % r1).to(tl.int64) * strides[1]
-        return high + (rows % r2).to(tl.int64) * strides[2]
+        high = (outer // r1).to(I) * strides[0] + (outer % r1).to(I) * strides[1]
+        return high + (rows % r2).to(I) * strides[2]
 
 
 @triton.jit
 def pointers(operand, tile, B: tl.constexpr, offset):
     """Pointers to a tile (BM, BN) of an operand that is dense along its columns, `offset` elements on."""
-    start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B.DIMS)
-    return operand.pointer + offset + (start + tile.first)[:, None] + tl.arange(0, B.BN)[None, :]
+    start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B)
+    return (operand.pointer + (start + tile.first + offset))[:, None] + tl.arange(0, B.BN)[None, :]
 
 
 @triton.jit
@@ -124,7 +133,7 @@ def load(operand, tile, B: tl.constexpr, offset=0):
     if len(operand.strides) > B.DIMS:
         return tl.load(pointers(operand, tile, B, offset), tile.mask, other=0).to(B.ACC)
     else:
-        start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B.DIMS)
+        start = row_offset(tile.rows, tile.r1, tile.r2, operand.strides, B)
         return tl.load(operand.pointer + offset + start[:, None], tile.in_rows[:, None], other=0).to(B.ACC)
 
 

@@ -20,7 +20,7 @@ import fastelbo.kernels.launch as launch  # noqa: E402
 from fastelbo import kernels  # noqa: E402
 from fastelbo.kernels.latent import LatentArgs  # noqa: E402
 from fastelbo.kernels.likelihood import NLLArgs, nll_kernel  # noqa: E402
-from fastelbo.kernels.tile import row_offset  # noqa: E402
+from fastelbo.kernels.tile import Block, row_offset  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -214,23 +214,38 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums == [pytest.approx(0.5), pytest.approx(4.5)]
 
 
-def test_row_offsets_are_64_bit() -> None:
+def test_row_offsets_are_64_bit_where_they_must_be() -> None:
     """Rows of two dimensions whose offset, but no factor of it, exceeds 2**31."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def probe(out, r1, r2, strides, DIMS: tl.constexpr):
+    def probe(out, r1, r2, strides, B: tl.constexpr):
         rows = tl.arange(0, 4) + 70_000
-        tl.store(out + tl.arange(0, 4), row_offset(rows, r1, r2, strides, DIMS))
+        tl.store(out + tl.arange(0, 4), row_offset(rows, r1, r2, strides, B))
 
     if not kernels.INTERPRETED:
         pytest.skip("the GPU tests address real tensors of that size")
     out = torch.empty(4, dtype=torch.int64)
-    probe[(1,)](out, 1, 10, (400_000, 7), DIMS=2)
+    probe[(1,)](out, 1, 10, (400_000, 7), B=Block(2, 4, 1, 0, tl.float32, tl.int64))
     rows = torch.arange(70_000, 70_004)
     assert torch.equal(out, rows // 10 * 400_000 + rows % 10 * 7)
     assert int(out.max()) > 2**31
+
+
+def test_offsets_are_as_wide_as_the_farthest_element() -> None:
+    import triton.language as tl
+
+    def index(step: int, most: int = 0) -> Any:
+        slices = [torch.empty_strided((2, 100), (stride, 1), device="meta") for stride in (100, step)]
+        view = launch.fold(torch.Size((2, 100)), 1, slices)
+        assert view is not None
+        return view.block(torch.float32, most).INDEX
+
+    assert index(2**31 - 100) == tl.int32  # the last element lies at 2**31 - 1
+    assert index(2**31 - 99) == tl.int64
+    assert index(100, 2**31 - 1) == tl.int32
+    assert index(100, 2**31) == tl.int64
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: str(p.relative_to(KERNELS)))

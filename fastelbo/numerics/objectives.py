@@ -191,7 +191,7 @@ def bound_outcomes(objective: str, v: Values) -> list[Outcome]:
     whole = outcome([t.detach() for t in terms(v["x"], z, log_q)], 2)  # of each sample
     weights = torch.softmax(whole.value, 0)
     # A weight loses, relative to itself, what its own logarithm loses beside the others, and one that is 1 loses nothing.
-    doubt = 1 + (torch.eye(SAMPLES, dtype=weights.dtype)[:, :, None] - weights).abs().mul(whole.size).sum(1)
+    doubt = 1 + (torch.eye(SAMPLES, dtype=weights.dtype, device=weights.device)[:, :, None] - weights).abs().mul(whole.size).sum(1)
     batch = len(v["mu"][0])
 
     def shared(each: list[Tensor], power: int) -> list[Term]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 import triton.language.core as core
 
-from ..latent import ALIGNED, GIVEN, LOGVAR, NO_NOISE, kl_math
+from ..latent import ALIGNED, GIVEN, LOGVAR, NO_NOISE, kl_math, sigma_of, through_sigma
 from ..launch import INTERPRETED
 from ..math import exp
 from ..philox import normal_rows
@@ -170,7 +170,7 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
     if C.NOISE == NO_NOISE:
         mine = operand(rows_of(layer.h, rows, width, HP), C.OPERAND)
     else:
-        sigma = exp(0.5 * rows_of(posterior.logvar, row, width, HP).to(tl.float32))
+        sigma = sigma_of(rows_of(posterior.logvar, row, width, HP).to(tl.float32), LOGVAR)
         noise = noise_of(posterior, rows, width, HP, C.NOISE)
         z = rows_of(posterior.mu, row, width, HP).to(tl.float32) + sigma * noise
         z = narrow(z, posterior.mu.pointer)
@@ -221,7 +221,8 @@ def rows_kernel(batch, splits, walk, layer, posterior, out, cols, width, factors
         lv = rows_of(posterior.logvar, row, width, HP).to(tl.float32)
         through = grad
         if C.SLOPES:
-            through = 0.5 * exp(0.5 * lv) * noise_of(posterior, rows, width, HP, C.NOISE) * grad
+            noise = noise_of(posterior, rows, width, HP, C.NOISE)
+            through = through_sigma(grad * noise, sigma_of(lv, LOGVAR), LOGVAR)
         # The KL of a row belongs to one of the programs that share it.
         if (split == 0) & (sample == 0):
             m = rows_of(posterior.mu, row, width, HP).to(tl.float32)

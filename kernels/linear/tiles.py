@@ -53,7 +53,8 @@ class Tiles(NamedTuple):
 # factors in registers. Sampling and the KL work on all of a block's mu and logvar at once.
 _HALF = Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3))
 _TF32 = Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 8, 2), Tile(64, 32, 4, 3))
-_OF_HALF = {16: _HALF, 32: _HALF, 64: _HALF._replace(sampled=Tile(64, 32, 8, 3)), 128: _HALF._replace(sampled=Tile(32, 64, 8, 3))}
+_OF_HALF = {16: _HALF._replace(sampled=Tile(64, 64, 8, 3)), 32: _HALF, 64: _HALF._replace(sampled=Tile(64, 32, 8, 3))}
+_OF_HALF[128] = _HALF._replace(sampled=Tile(32, 64, 8, 3))
 _OF_TF32 = {16: _TF32, 32: _TF32, 64: _TF32._replace(sampled=Tile(64, 32, 8, 2))}
 _OF_TF32[128] = Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(32, 32, 8, 2))
 _OF_TF32X3 = dict.fromkeys((16, 32, 64), Tiles(*[Tile(32, 32, 4, 2)] * 3))
