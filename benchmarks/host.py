@@ -32,7 +32,7 @@ from fastelbo.kernels import launch as launch_module
 
 from .environment import about
 from .small import interleaved, step_of, user_kl, user_z
-from .workloads import WORKLOADS, Draw, image_eager, kl_eager, learned_eager, linear_with
+from .workloads import WORKLOADS, Draw, groups_one_by_one, image_eager, kl_eager, learned_eager, linear_with
 
 CPU = torch.device("cpu")
 BATCH, ELEMENTS, LATENTS = 4, 8, 4
@@ -88,7 +88,8 @@ def cases() -> dict[str, Case]:
     def by_name(loss: Call) -> Call:
         return lambda *tensors: loss(**dict(zip(named, tensors, strict=True)))
 
-    found[groups.name] = Case(list(named.values()), by_name(groups.fused), by_name(groups.eager))
+    for name, loss in (("", groups.fused), (", one by one", groups_one_by_one)):
+        found[groups.name + name] = Case(list(named.values()), by_name(loss), by_name(groups.eager))
     return found
 
 

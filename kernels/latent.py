@@ -40,12 +40,7 @@ def _run(
     inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[tuple[Tensor | None, ...], Gradients]:
     """The gradients of mu and the spread end up in `out`, tensors of any strides, where that is given."""
-    acc = accumulate_dtype(*inputs[:4])
-    if grads is not None and grads[0] is None and (inputs.eps is not None or inputs.seed is not None):
-        inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
-    if grads is not None and grads[1] is None:
-        inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
-    plan = plan_latent(inputs, spec, LatentWanted(needs, grads and grads[:2], out=out), acc)
+    plan, acc = planned(inputs, spec, needs, grads, out)
     plan.launch(inputs.mu.device)
     finish(acc, plan.terms, plan.squares)
     if out is not None:
@@ -57,6 +52,18 @@ def _run(
 
 
 latent = op_of(_run)
+
+
+def planned(
+    inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Plan, torch.dtype]:
+    """The plan of a pass, without what serves an output that has no upstream gradient; and the dtype of its arithmetic."""
+    acc = accumulate_dtype(*inputs[:4])
+    if grads is not None and grads[0] is None and (inputs.eps is not None or inputs.seed is not None):
+        inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
+    if grads is not None and grads[1] is None:
+        inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
+    return plan_latent(inputs, spec, LatentWanted(needs, grads and grads[:2], out=out), acc), acc
 
 
 class LatentWanted(NamedTuple):
