@@ -54,7 +54,7 @@ TARGETS = {
 # A dense operand that is read or written element by element costs a thread 16 accesses; scalars, partial sums and what broadcasts
 # along a row come to a handful.
 SCALARS = 8
-ELEMENTWISE = ("nll_kernel", "latent_kernel", "elbo_kernel")
+ELEMENTWISE = ("nll_kernel", "latent_kernel", "latents_kernel", "elbo_kernel")
 PRODUCTS = ("rows_kernel", "columns_kernel")
 WIDTHS = (16, 32, 64, 128)
 BUDGET_FILE = Path(__file__).parent / "budget.json"
@@ -100,8 +100,11 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         return fastelbo.reparameterize_kl(randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), **options)
 
     def backward(outputs: Any) -> None:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
+    def groups(lists: int) -> list[list[torch.Tensor]]:
+        return [[randn(16, 16, width) for width in (4, 64, 256)] for _ in range(lists)]
 
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     yield "elbo_loss, fixed variance", True, lambda: backward(elbo(f32))
@@ -201,6 +204,11 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     yield "reparameterize_kl, 4 samples", True, lambda: backward(latent(f32, seed=1, num_samples=4))
     yield "reparameterize_kl, odd latents", False, lambda: backward(latent(f32, (64, 21), seed=1))
     yield "reparameterize_kl, odd sizes", False, lambda: backward(latent(f32, (63, 21), seed=1, num_samples=3))
+    yield (
+        "foreach_reparameterize_kl, 3 groups",
+        False,  # each group has its own few scalars
+        lambda: backward([t for each in fastelbo.foreach_reparameterize_kl(*groups(4), seed=1) for t in each]),
+    )
     yield "packed moments", True, lambda: backward(fastelbo.DiagonalGaussian.from_moments(randn(4, 8, 32, 32)).rsample_kl(seed=1))
 
 

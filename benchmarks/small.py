@@ -276,6 +276,11 @@ def show_versions(console: Console, title: str, old: ModuleType, rounds: int) ->
         drawn = workload.inputs(Draw(CPU, torch.float32), **sizes)
         losses = {"old": served_by(old, workload), "new": served_by(fastelbo, workload)}
         start = workload.name, f"{workload.traffic(**sizes)[0]:,}"
+        try:
+            Step(drawn).forward(losses["old"])
+        except AttributeError as missing:
+            table.add_row(*start, f"[red]{missing}")
+            continue
         off = {name: e for name, e in errors(workload, losses, drawn).items() if not e <= OWN_TOLERANCE[torch.float32]}
         if off:
             table.add_row(*start, f"[red]wrong numbers, so no speed: {', '.join(f'{n} {e:.1e}' for n, e in off.items())}")

@@ -6,6 +6,7 @@ from .densities import gaussian_log_prob, sample_kl
 from .distributions import DiagonalGaussian
 from .drop_in import gaussian_nll_loss
 from .estimators import effective_beta, sgvb_loss
+from .foreach import foreach_gaussian_kl, foreach_reparameterize_kl
 from .functional import (
     elbo_loss,
     elbo_terms,
@@ -35,6 +36,8 @@ __all__ = [
     "effective_beta",
     "elbo_loss",
     "elbo_terms",
+    "foreach_gaussian_kl",
+    "foreach_reparameterize_kl",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_nll",

@@ -239,10 +239,11 @@ def posterior_spread(mu: Tensor, *forms: Any) -> tuple[str, Tensor]:
 
 def one_form(prefix: str, *forms: Any) -> tuple[str, Any]:
     """The name and the value of a spread that is given in at most one form; None where it is not."""
-    given = [(prefix + form, plain(value)) for form, value in zip(FORMS, forms, strict=True) if value is not None]
+    given = [i for i, value in enumerate(forms) if value is not None]
     if len(given) > 1:
-        raise ValueError(f"give one of {', '.join(prefix + form for form in FORMS)}, got {' and '.join(name for name, _ in given)}")
-    return given[0] if given else (f"{prefix}logvar", None)
+        names = [prefix + form for form in FORMS]
+        raise ValueError(f"give one of {', '.join(names)}, got {' and '.join(names[i] for i in given)}")
+    return (prefix + FORMS[given[0]], plain(forms[given[0]])) if given else (prefix + FORMS[0], None)
 
 
 def prior_spread(mu: Tensor, parameter: str, *forms: Any) -> tuple[str, Any]:

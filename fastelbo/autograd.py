@@ -28,6 +28,7 @@ from .specs import (
     LatentInputs,
     LinearElboInputs,
     LinearInputs,
+    ListOp,
     NLLInputs,
     Op,
 )
@@ -171,6 +172,45 @@ class PackedLatent(Function):
         return None, None, None, *grads, None, None, None
 
 
+class Latents(Function):
+    """As `Latent` for a list of inputs and of records, in one node: z and kl of the first, of the second, and so on."""
+
+    @staticmethod
+    def forward(ctx: Any, op: ListOp, specs: Sequence[LatentSpec], *tensors: Tensor | None) -> Outputs:
+        ctx.save_for_backward(*tensors)
+        ctx.op, ctx.specs = op, specs
+        ctx.set_materialize_grads(False)
+        needs = [of_one[:4] for of_one in _by_call(ctx.needs_input_grad[2:])]
+        outputs, ctx.kept = op.forward([LatentInputs(*own) for own in _by_call(tensors)], specs, needs)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        kept, ctx.kept = ctx.kept, None
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        given = [g for g in grad_outputs if g is not None]
+        if not given:
+            return None, None, *(None,) * len(tensors)
+        if _is_differentiated(given):
+
+            def expression(*tensors: Tensor | None) -> Outputs:
+                pairs = zip(_by_call(tensors), ctx.specs, strict=True)
+                outputs = [reference.latent(LatentInputs(*own), spec) for own, spec in pairs]
+                return tuple([output for of_one in outputs for output in of_one])
+
+            return None, None, *_differentiate(expression, tensors, needs, grad_outputs)
+        grads = list(zip(grad_outputs[::2], grad_outputs[1::2], strict=True))
+        inputs, of_each = [LatentInputs(*own) for own in _by_call(tensors)], [of_one[:4] for of_one in _by_call(needs)]
+        found = ctx.op.backward(inputs, ctx.specs, grads, of_each, kept)
+        return None, None, *[g for of_one in found for g in (*of_one, None, None, None)]
+
+
+def _by_call(flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What belongs to each `LatentInputs` of a list, of what belongs to all their fields."""
+    size = len(LatentInputs._fields)
+    return [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
 def call(function: type[_Fused], backend: Backend | None, spec: Any, inputs: Any) -> Any:
     """The outputs of an op, as one backend computes them; None stands for the reference."""
     if backend is None or is_transformed() or are_wrapped(inputs):
@@ -190,6 +230,14 @@ def call_packed(backend: Backend, spec: LatentSpec, dim: int, moments: Tensor, i
     if not _needs_gradient((moments, *inputs[2:4])):
         return op.forward(inputs, spec, (False,) * 4)[0]
     return PackedLatent.apply(op, spec, dim, moments, *inputs[2:])
+
+
+def call_list(backend: Backend, specs: Sequence[LatentSpec], inputs: Sequence[LatentInputs]) -> Any:
+    """z and kl of each call of a list, in turn. What only the reference serves is not for this: see `call`."""
+    op, flat = backend.latents, [t for own in inputs for t in own]
+    if not _needs_gradient(flat):
+        return op.forward(inputs, specs, [(False,) * 4] * len(inputs))[0]
+    return Latents.apply(op, specs, *flat)
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:

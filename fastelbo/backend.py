@@ -21,7 +21,7 @@ DEFAULT = os.environ.get("FASTELBO_IMPL", "auto").lower() or "auto"
 
 EAGER = Backend(
     "fastelbo.eager", eager.likelihood.OP, eager.latent.OP, eager.elbo.OP, eager.elbo.TERMS_OP, eager.linear.linear_nll,
-    composed.linear_elbo(eager.latent.OP, eager.linear.linear_nll),
+    composed.linear_elbo(eager.latent.OP, eager.linear.linear_nll), composed.each(eager.latent.OP),
 )  # fmt: skip
 
 # Inside `fastelbo.verify`, what stands in for the chosen backend in a fused call.
@@ -52,7 +52,7 @@ def triton_backend() -> Backend:
     global _triton
     if _triton is None:
         k = kernels()
-        _triton = Backend("fastelbo.kernels", k.likelihood, k.latent, k.elbo, k.elbo_terms, k.linear_nll, k.linear_elbo)
+        _triton = Backend("fastelbo.kernels", k.likelihood, k.latent, k.elbo, k.elbo_terms, k.linear_nll, k.linear_elbo, k.latents)
     return _triton
 
 

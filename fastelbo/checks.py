@@ -198,13 +198,20 @@ def samples(num_samples: Any) -> None:
 
 def noise(eps: Any, seed: Any, generator: Any, shape: Sequence[int], device: torch.device) -> None:
     """At most one source of noise, and eps of z's shape."""
+    one_source(eps, seed, generator)
+    if eps is not None:
+        given_noise("eps", eps, shape, device)
+
+
+def one_source(eps: Any, seed: Any, generator: Any) -> None:
     if (eps is not None) + (seed is not None) + (generator is not None) > 1:
         given = [name for name, v in (("eps", eps), ("seed", seed), ("generator", generator)) if v is not None]
         raise ValueError(f"give at most one of eps, seed and generator, got {' and '.join(given)}")
-    if eps is None:
-        return
-    tensor("eps", eps, device)
+
+
+def given_noise(name: str, eps: Any, shape: Sequence[int], device: torch.device) -> None:
+    tensor(name, eps, device)
     if eps.shape != shape:
-        raise ValueError(f"eps has shape {shape_of(eps)}, but z will have shape {tuple(shape)}: they must be equal")
+        raise ValueError(f"{name} has shape {shape_of(eps)}, but z will have shape {tuple(shape)}: they must be equal")
     if eps.requires_grad:
-        raise ValueError("eps requires grad, but noise is a constant here: detach it")
+        raise ValueError(f"{name} requires grad, but noise is a constant here: detach it")

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
-from .specs import Gradients, Latent, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
+from .specs import Gradients, Latent, LatentInputs, LinearElbo, LinearElboInputs, LinearInputs, ListOp, Needs, Op
+
+
+def each(latent: Op) -> ListOp:
+    """z and kl of each of a list, by an op for one."""
+
+    def forward(inputs: Sequence[LatentInputs], specs: Sequence[Latent], needs: Sequence[Needs]) -> tuple[Any, Any]:
+        done = [latent.forward(*one) for one in zip(inputs, specs, needs, strict=True)]
+        return [output for outputs, _ in done for output in outputs], [kept for _, kept in done]
+
+    def backward(
+        inputs: Sequence[LatentInputs], specs: Sequence[Latent], grads: Sequence[Gradients], needs: Sequence[Needs], kept: Any
+    ) -> list[Gradients]:
+        kept = [None] * len(inputs) if kept is None else kept
+        found: list[Gradients] = []
+        for one, spec, grad, need, own in zip(inputs, specs, grads, needs, kept, strict=True):
+            is_owed = True in need and not (grad[0] is None and grad[1] is None)
+            found.append(latent.backward(one, spec, grad, need, own) if is_owed else (None,) * 4)
+        return found
+
+    return ListOp(forward, backward)
 
 
 def linear_elbo(latent: Op, linear_nll: Op) -> Op:

@@ -149,11 +149,13 @@ def _elbo(call: _Call) -> tuple[ElboInputs, Elbo, Optimum | None]:
         weight = arguments.weight_of("weight", weight, "recon", recon)
     latent = arguments.posterior(mu, logvar, call.prior[0], ("prior_logvar", call.prior[1]), kl_weight, "kl_weight")
     inputs = ElboInputs(recon, x, variance, *latent[:4], weight, latent.weight)
-    of_nll, of_kl = (
+    of_nll, of_kl = [
         arguments.term_scale(which, value, inputs[:7], recon.device)
         for which, value in zip(("nll_scale", "kl_scale"), call.scales, strict=True)
-    )
+    ]
     kl = arguments.kl_of(latent, call.reduction, batch_dims, call.logvar_clamp)
+    if call.scales[1] is not None:
+        kl = kl._replace(scale=kl.scale * of_kl)
     scale = arguments.scale_of(call.reduction, batch_dims, recon.shape, weight, inputs[:7])
     if call.reduction != "mean":
         scale = scale / samples
@@ -164,7 +166,7 @@ def _elbo(call: _Call) -> tuple[ElboInputs, Elbo, Optimum | None]:
     if is_optimal:
         optimal = optimum(recon.shape, keep, weight, spec.scale, spec.full, accumulate_dtype(*inputs[:7]))
         spec = spec._replace(scale=1.0, full=False)
-    return inputs, Elbo(spec, kl._replace(scale=kl.scale * of_kl)), optimal
+    return inputs, Elbo(spec, kl), optimal
 
 
 def _terms(chosen: Backend | None, spec: Elbo, inputs: ElboInputs, optimal: Optimum | None) -> tuple[Tensor, Tensor]:

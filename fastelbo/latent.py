@@ -170,12 +170,15 @@ def reparameterize_kl(
     return (z, value, _log_prob(squares[0], inputs, kl)) if log_prob else (z, value)
 
 
+_NO_OBJECTIVE = Objective()
+
+
 def _kl_of(
     inputs: LatentInputs, reduction: Reduction, batch_dims: int, logvar_clamp: Any, parameter: str, objective: Objective
 ) -> KL:
     """Check the options of a KL, and return its record: that of each latent where some nats are free."""
     spec = arguments.kl_of(inputs, reduction, batch_dims, logvar_clamp, parameter)
-    if objective == Objective():
+    if objective == _NO_OBJECTIVE:
         return spec
     objective.check(reduction, inputs.weight)
     if objective.free_bits is not None:

@@ -18,7 +18,7 @@ arithmetic. They are multiplied with, and never read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -182,6 +182,13 @@ class Op(NamedTuple):
     backward: Callable[..., Gradients]
 
 
+class ListOp(NamedTuple):
+    """An op on a list of calls: lists of what an `Op` takes and returns, except for the outputs, which are flat."""
+
+    forward: Callable[[Sequence[LatentInputs], Sequence[Latent], Sequence[Needs]], tuple[Sequence[Tensor | None], Any]]
+    backward: Callable[..., Sequence[Gradients]]
+
+
 class Backend(NamedTuple):
     """Every op, as one backend has it. With each op: its inputs, its record, its outputs."""
 
@@ -192,3 +199,4 @@ class Backend(NamedTuple):
     elbo_terms: Op  # ElboInputs, Elbo -> (nll, kl), each with an upstream gradient of its own
     linear_nll: Op  # LinearInputs, Linear -> (nll,)
     linear_elbo: Op  # LinearElboInputs, LinearElbo -> (loss,) or (loss, nll, kl)
+    latents: ListOp  # LatentInputs, Latent -> z or None and kl of each call in turn

@@ -14,8 +14,9 @@ if __name__ != "fastelbo.kernels":
 
 from .elbo import elbo, elbo_terms
 from .latent import latent
+from .latents import latents
 from .launch import INTERPRETED
 from .likelihood import likelihood
 from .linear import linear_elbo, linear_limits, linear_nll
 
-__all__ = ["INTERPRETED", "elbo", "elbo_terms", "latent", "likelihood", "linear_elbo", "linear_limits", "linear_nll"]
+__all__ = ["INTERPRETED", "elbo", "elbo_terms", "latent", "latents", "likelihood", "linear_elbo", "linear_limits", "linear_nll"]

@@ -32,14 +32,17 @@ def _run(
     """A forward pass launches both sides, a backward pass those that have an upstream gradient and owe one."""
     acc, device = accumulate_dtype(*inputs[:7]), inputs.recon.device
     of_nll, of_kl = (*needs[:3], False), needs[3:]
-    nll, kl = nothing(of_nll), nothing(of_kl)
     grad_nll, grad_kl = (None, None) if grads is None else (grads[0], grads[0]) if is_loss else grads
     if grads is None or (grad_nll is not None and any(of_nll)):
         nll = plan_nll(inputs.nll, spec.likelihood, of_nll, None if grads is None else (grad_nll,), acc)
+    else:
+        nll = nothing(of_nll)
     if grads is None or (grad_kl is not None and any(of_kl)):
         beta = spec.beta if is_loss else 1.0
         wanted = LatentWanted(of_kl, None if grads is None else (None, grad_kl), beta)
         kl = plan_latent(inputs.latent, Latent(spec.kl), wanted, acc)
+    else:
+        kl = nothing(of_kl)
     if nll.programs and kl.programs:
         args = *nll.sizes, *kl.sizes[:4], nll.args, kl.args, nll.flags, kl.flags
         launch(elbo_kernel, nll.programs + kl.programs, device, args)

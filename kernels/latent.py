@@ -18,11 +18,11 @@ from torch import Tensor
 from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
-from .launch import Fold, fold, scalar, tile_size, views
+from .launch import Fold, fold, scalar, views
 from .math import divide, exp, log1p_gap, sigma_expm1_remainder, sqrt
 from .op import op_of
 from .philox import normal_rows
-from .reduction import ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
+from .reduction import NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms
 from .tile import Block, Grid, load, read, store, tile_at, tiles_of, zeros
 
 # Where the noise comes from: nowhere (no sampling), a tensor, a seed with tiles that start at a multiple of four, any other tiles.
@@ -40,22 +40,30 @@ def _run(
     inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[tuple[Tensor | None, ...], Gradients]:
     """The gradients of mu and the spread end up in `out`, tensors of any strides, where that is given."""
-    acc = accumulate_dtype(*inputs[:4])
-    if grads is not None and grads[0] is None:
-        inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
-    if grads is not None and grads[1] is None:
-        inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
-    plan = plan_latent(inputs, spec, LatentWanted(needs, grads and grads[:2], out=out), acc)
+    plan, acc = planned(inputs, spec, needs, grads, out)
     plan.launch(inputs.mu.device)
     finish(acc, plan.terms, plan.squares)
-    for buffer, gradient in zip(out or (), plan.gradients, strict=False):
-        if gradient is not buffer:
-            buffer.copy_(gradient)
+    if out is not None:
+        for buffer, gradient in zip(out, plan.gradients, strict=False):
+            if gradient is not buffer:
+                buffer.copy_(gradient)
     outputs = plan.z, plan.terms.result()
     return (*outputs, plan.squares.out) if spec.want_squares and grads is None else outputs, plan.gradients
 
 
 latent = op_of(_run)
+
+
+def planned(
+    inputs: LatentInputs, spec: Latent, needs: Needs, grads: Gradients | None, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Plan, torch.dtype]:
+    """The plan of a pass, without what serves an output that has no upstream gradient; and the dtype of its arithmetic."""
+    acc = accumulate_dtype(*inputs[:4])
+    if grads is not None and grads[0] is None and (inputs.eps is not None or inputs.seed is not None):
+        inputs, spec = inputs._replace(eps=None, seed=None), spec._replace(num_samples=None)
+    if grads is not None and grads[1] is None:
+        inputs, needs = inputs._replace(prior_mu=None, prior_spread=None, weight=None), (*needs[:2], False, False)
+    return plan_latent(inputs, spec, LatentWanted(needs, grads and grads[:2], out=out), acc), acc
 
 
 class LatentWanted(NamedTuple):
@@ -89,12 +97,13 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
         z = inputs.mu.new_empty(shape if samples is None else (samples, *shape))
     elif is_forward and eps is not None:
         z = torch.empty_like(read_from[0])
-    sampled = eps, grad_z, z
-    firsts = [t if t is None or samples is None else t[0] for t in sampled]
-    steps = SampleSteps(*(0 if t is None or samples is None else t.stride(0) for t in sampled))
+    firsts, steps = (eps, grad_z, z), ONE_SAMPLE
+    if samples is not None:
+        steps = SampleSteps(*[0 if t is None else t.stride(0) for t in firsts])
+        firsts = [t if t is None else t[0] for t in firsts]
     tensors = LatentTensors(*read_from, *gradients, each, *firsts)
 
-    view = fold(shape, kl.keep, tensors, seed is not None, tile_size(acc))
+    view = fold(shape, kl.keep, tensors, acc, seed is not None)
     if view is None:
         return plan_latent(inputs, spec, wanted, acc, dense=True)
     elements, noise = math.prod(shape), NO_NOISE if eps is None else GIVEN
@@ -103,12 +112,12 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
         noise = ALIGNED if samples is None or elements % 4 == 0 else UNALIGNED
         if noise is UNALIGNED:
             # A Philox call for each element fills the registers at half the tile.
-            view = fold(shape, kl.keep, tensors, True, tile_size(acc) // 2)
+            view = fold(shape, kl.keep, tensors, acc, True, share=2)
     most = max((samples or 1) * elements, view.reach + ((samples or 1) - 1) * max(steps))
-    terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else Sums()
-    squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else Sums()
-    factors = [scalar(f, acc, inputs.mu.device) for f in (kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)))]
-    factors.append(None if kl.balance is None else scalar(kl.balance, acc, inputs.mu.device))
+    terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else NO_SUMS
+    squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else NO_SUMS
+    given = kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance
+    factors = [f if f is None else scalar(f, acc, inputs.mu.device) for f in given]
     return Plan(
         latent_kernel,
         (*view.grid(view.programs), samples, elements),
@@ -119,7 +128,7 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
             terms.sink.value,
             kl.clamp is not None,
             PARAMETERS[kl.parameter].value,
-            view.block(acc, most),
+            view.block if most < 2**31 else view.block._replace(INDEX=tl.int64),
         ),
         terms,
         tuple(gradients),
@@ -163,6 +172,9 @@ class SampleSteps(NamedTuple):
     eps: Any
     grad_z: Any
     z: Any
+
+
+ONE_SAMPLE = SampleSteps(0, 0, 0)
 
 
 class LatentArgs(NamedTuple):
@@ -401,7 +413,7 @@ def latent_tiles(pid, grid, samples, elements, args, C: tl.constexpr):
         store(t.d_mu, d_mu, tile, B)
         store(t.d_spread, d_spread, tile, B)
     if C.TERMS == TOTAL:
-        tl.store(args.parts + pid, tl.sum(sum_terms))
+        put_total(sum_terms, args.parts, pid, grid, read(args.gain, B.ACC))
 
 
 @triton.jit(do_not_specialize=["programs", "rows", "r1", "r2", "samples", "elements"])

@@ -33,65 +33,51 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Fold(NamedTuple):
-    """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output."""
+    """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output.
+
+    Calls of one layout share it, so whatever follows from the layout alone is here, computed once.
+    """
 
     rows: int
     cols: int
-    dims: int
     r1: int
     r2: int
     per_out: int
-    bm: int
-    bn: int
-    lead: int  # as `Block` has it
+    chunks: int  # tiles along a row
+    tiles: int
+    programs: int
+    block: Block
     reach: int  # the largest offset of an element in an operand
     strides: tuple[tuple[int, ...], ...]  # of each operand, as `Operand` has them
-
-    @property
-    def chunks(self) -> int:
-        return -(-(self.cols + self.lead) // self.bn)
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.rows // self.bm) * self.chunks
-
-    @property
-    def programs(self) -> int:
-        return min(self.tiles, PROGRAMS)
 
     def grid(self, programs: int) -> tuple[int, ...]:
         """The fields of `Grid` up to `cols`."""
         return programs, self.rows, self.r1, self.r2
 
-    def block(self, acc: torch.dtype, most: int = 0) -> Block:
-        """`most` is the largest number that a kernel makes of an element beside its offsets."""
-        # A batch of videos exceeds 2**31 elements. Other offsets take half the instructions.
-        index = tl.int32 if max(self.reach, most) < 2**31 else tl.int64
-        return Block(self.dims, self.bm, self.bn, self.lead, TYPES[acc], index)
-
     def operands(self, tensors: Sequence[Tensor | None]) -> list[Operand | None]:
         """The records of the tensors that this view was made for."""
-        return [None if t is None else Operand(t, strides) for t, strides in zip(tensors, self.strides, strict=True)]
+        return [t if t is None else Operand(t, strides) for t, strides in zip(tensors, self.strides, strict=True)]
 
 
-def tile_size(acc: torch.dtype) -> int:
-    """Elements of a tile. At half of TILE float64 still spilled on one target of `benchmarks/codegen.py`."""
-    return TILE // 4 if acc == torch.float64 else TILE
-
-
-def fold(shape: torch.Size, keep: int, operands: Sequence[Tensor | None], ordered: bool = False, tile: int = TILE) -> Fold | None:
+def fold(
+    shape: torch.Size, keep: int, operands: Sequence[Tensor | None], acc: torch.dtype, ordered: bool = False, share: int = 1
+) -> Fold | None:
     """The common view of `operands` (of `shape`, or None) whose sums keep `keep` dimensions; None if one of them must be copied.
 
     `ordered` keeps the logical order of the elements, which noise is numbered by, and lets tiles start where 4 divides a number;
-    otherwise elements are walked in memory order.
+    otherwise elements are walked in memory order. A tile has the `share`-th part of the elements that it usually has.
     """
-    if math.prod(shape) >= 2**31 * tile // 2:
-        raise ValueError(f"a tensor of shape {tuple(shape)} has more tiles than one launch can number")
-    return _fold(tuple(shape), keep, tuple(None if t is None else t.stride() for t in operands), ordered, tile)
+    return _fold(shape, keep, tuple([t if t is None else t.stride() for t in operands]), acc, ordered, share)
 
 
 @lru_cache(maxsize=4096)
-def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | None, ...], ordered: bool, tile: int) -> Fold | None:
+def _fold(
+    shape: torch.Size, keep: int, strides: tuple[tuple[int, ...] | None, ...], acc: torch.dtype, ordered: bool, share: int
+) -> Fold | None:
+    # At half of TILE float64 still spilled on one target of `benchmarks/codegen.py`.
+    tile = (TILE // 4 if acc == torch.float64 else TILE) // share
+    if math.prod(shape) >= 2**31 * tile // 2:
+        raise ValueError(f"a tensor of shape {tuple(shape)} has more tiles than one launch can number")
     given = [s for s in strides if s is not None]
     # Kept rows must stay apart from the elements that they sum; where everything or nothing is summed there is one group.
     split = keep if 0 < keep < len(shape) else 0
@@ -116,7 +102,7 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
     count = math.prod(sizes)
     if count > 2**31 - 2 * tile:
         raise ValueError(
-            f"a tensor of shape {shape} lies in {count} separate rows, more than one launch can number; make it contiguous"
+            f"a tensor of shape {tuple(shape)} lies in {count} separate rows, more than one launch can number; make it contiguous"
         )
     lead = 3 if ordered and count > 1 and cols % 4 else 0
     bn = tile if count == 1 else min(tile, triton.next_power_of_2(cols + lead))
@@ -124,7 +110,11 @@ def _fold(shape: tuple[int, ...], keep: int, strides: tuple[tuple[int, ...] | No
     each = iter([tuple(steps[i] for _, steps in rows) + (1,) * col_steps[i] for i in range(len(given))])
     own = tuple(() if s is None else next(each) for s in strides)
     r1, r2 = [1, 1, *sizes][-2:]
-    return Fold(count, cols, len(rows), r1, r2, math.prod(size for size, _ in inner[:-1]), tile // bn, bn, lead, reach, own)
+    bm, chunks, per_out = tile // bn, -(-(cols + lead) // bn), math.prod(size for size, _ in inner[:-1])
+    tiles = -(-count // bm) * chunks
+    # A batch of videos exceeds 2**31 elements. Other offsets take half the instructions.
+    block = Block(len(rows), bm, bn, lead, TYPES[acc], tl.int32 if reach < 2**31 else tl.int64)
+    return Fold(count, cols, r1, r2, per_out, chunks, tiles, min(tiles, PROGRAMS), block, reach, own)
 
 
 def views(tensors: Sequence[Tensor | None], shape: torch.Size, dense: bool) -> list[Tensor | None]:
@@ -133,10 +123,11 @@ def views(tensors: Sequence[Tensor | None], shape: torch.Size, dense: bool) -> l
     Where no common view exists, `dense` copies what is not contiguous, except one value that is the same for all.
     """
     *inputs, grad = tensors
-    if grad is not None:
-        grad = grad.reshape(grad.shape + (1,) * (len(shape) - grad.ndim))
     # A comparison costs a tenth of a view.
-    found = [t if t is None or t.shape == shape else t.expand(shape) for t in (*inputs, grad)]
+    found = [t if t is None or t.shape == shape else t.expand(shape) for t in inputs]
+    if grad is not None and grad.ndim < len(shape):
+        grad = grad.as_strided(shape, grad.stride() + (0,) * (len(shape) - grad.ndim))
+    found.append(grad)
     return [t.contiguous() if t is not None and any(t.stride()) else t for t in found] if dense else found
 
 
@@ -181,6 +172,6 @@ def options(backend: str, capability: int, tuned: dict[str, int] | None = None) 
 
 def scalar(value: float | Tensor, acc: torch.dtype, device: torch.device) -> float | Tensor:
     """A run-time factor as a kernel argument. Triton passes a float as float32, so a float64 goes by memory."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or (acc == torch.float32 and isinstance(value, float)):
         return value
     return torch.full((), value, dtype=acc, device=device) if acc == torch.float64 else float(value)

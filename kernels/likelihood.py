@@ -19,10 +19,10 @@ from fastelbo.dtypes import LOG_2PI, OPEN, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .counts import negative_binomial_math, poisson_math, poisson_slope, zero_inflated_math
-from .launch import PROGRAMS, Fold, fold, scalar, tile_size, views
+from .launch import PROGRAMS, Fold, fold, scalar, views
 from .math import divide, exp, log, log1p_exp_and_sigmoid, minus_log1m_exp_and_ratio
 from .op import op_of
-from .reduction import COLS, EACH, ROWS, TOTAL, Plan, Sums, collect, finish, partial, sums_of_terms
+from .reduction import COLS, EACH, NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms, total_of
 from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
 # What p is: a Gaussian whose variance is a number, or a tensor of one of three kinds; a Laplace distribution whose scale is a
@@ -81,8 +81,7 @@ def plan_nll(
         terms=torch.empty_like(recon, dtype=acc) if grads is None and 0 < spec.keep == len(shape) else None,
     )  # fmt: skip
     # The terms of counts take four times the registers of the others.
-    tile = tile_size(acc) // (4 if spec.family in COUNTS else 1)
-    view = fold(shape, spec.keep, tensors, tile=tile)
+    view = fold(shape, spec.keep, tensors, acc, share=4 if spec.family in COUNTS else 1)
     operands = None if view is None else NLLTensors(*view.operands(tensors))
     of_variance = None if view is None else _sums_of_variance(view, d_variance, shape, operands.d_variance, acc)
     if of_variance is None:
@@ -90,7 +89,7 @@ def plan_nll(
     if of_variance.sink is not EACH and d_variance is not None:
         operands = operands._replace(d_variance=None)  # its place was needed for its strides
     programs = of_variance.outer * view.chunks if of_variance.sink is COLS else view.programs
-    terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else Sums()
+    terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else NO_SUMS
     kind = kind_of(spec, inputs.variance is not None)
     factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
@@ -102,7 +101,7 @@ def plan_nll(
         nll_kernel,
         view.grid(programs),
         NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image, bin),
-        NLLFlags(kind.value, spec.full and spec.family in COUNTS, terms.sink.value, of_variance.sink.value, view.block(acc)),
+        NLLFlags(kind.value, spec.full and spec.family in COUNTS, terms.sink.value, of_variance.sink.value, view.block),
         terms,
         (tensors.d_recon, tensors.d_x, d_variance, tensors.d_zi_logits),
         of_variance,
@@ -122,20 +121,21 @@ def _sums_of_variance(
 ) -> Sums | None:
     """Where the gradient of the variance goes; None if it varies in a pattern that no sink sums."""
     if gradient is None:
-        return Sums()
+        return NO_SUMS
     if gradient.shape == shape:
         return Sums(EACH, gradient)
-    steps = operand.strides[: view.dims]
-    varied, by_column = [i for i, step in enumerate(steps) if step], len(operand.strides) > view.dims
+    dims = view.block.DIMS
+    steps = operand.strides[:dims]
+    varied, by_column = [i for i, step in enumerate(steps) if step], len(operand.strides) > dims
     if not varied and by_column:
         groups = max(1, min(max(GROUPS, GROUP_PROGRAMS // view.chunks), PROGRAMS // view.chunks, view.tiles // view.chunks))
         return partial(COLS, gradient, groups, view.cols, 1, acc)
     if not varied:
-        return partial(TOTAL, gradient, 1, 1, view.programs, acc)
+        return total_of(gradient, view.programs, acc)
     if len(varied) > 1 or by_column:
         return None
     (i,) = varied
-    sizes = (view.rows // (view.r1 * view.r2), view.r1, view.r2)[3 - view.dims :]
+    sizes = (view.rows // (view.r1 * view.r2), view.r1, view.r2)[3 - dims :]
     return partial(ROWS, gradient, math.prod(sizes[:i]), sizes[i], math.prod(sizes[i + 1 :]) * view.chunks, acc, step=steps[i])
 
 
@@ -376,9 +376,9 @@ def nll_tiles(pid, grid, args, C: tl.constexpr):
         sum_variance = collect(d_variance, sum_variance, t.d_variance, args.variance_parts, tile, C.D_VARIANCE, B)
         sum_terms = collect(tl.where(present, term, 0.0), sum_terms, t.terms, args.parts, tile, C.TERMS, B)
     if C.TERMS == TOTAL:
-        tl.store(args.parts + pid, tl.sum(sum_terms))
+        put_total(sum_terms, args.parts, pid, grid, gain)
     if C.D_VARIANCE == TOTAL:
-        tl.store(args.variance_parts + pid, tl.sum(sum_variance))
+        put_total(sum_variance, args.variance_parts, pid, grid, 1.0)
     elif C.D_VARIANCE == COLS:
         chunks = chunks_of(grid.cols, B)
         c = (pid % chunks).to(tl.int64) * B.BN + tl.arange(0, B.BN)

@@ -1,4 +1,5 @@
-"""Deterministic sums: programs write partial sums, and one small launch adds them up in a fixed order, in float64.
+"""Deterministic sums: programs write partial sums, and one small launch adds them up in a fixed order, in float64. A total that one
+program has whole needs no such launch.
 
 A last-block reduction would save that launch at the price of a counter, a barrier and an order that needs proof on every target;
 a second launch of one program is ordered by the stream.
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+import triton.language.core as core
 from torch import Tensor
 
 from fastelbo.specs import KL, Factor, Gradients, Likelihood, Needs
 
 from .launch import TYPES, Fold, launch, scalar
-from .tile import put, read, store
+from .tile import narrow, put, read, store
 
 # Where a tile's values go: nowhere; into one partial sum a program; one a row and chunk of columns; one a column and group of rows;
 # or each to its own element.
@@ -38,6 +40,15 @@ def collect(values, total, operand, parts, tile, SINK: tl.constexpr, B: tl.const
     elif SINK != NOTHING:
         total += values
     return total
+
+
+@triton.jit
+def put_total(values, parts, pid, grid, scale):
+    """Store the sum of a program's values. Where it is the only program this is the result, so it is scaled, as `_sum` does."""
+    total = tl.sum(values)
+    if grid.programs == 1:
+        total = (total.to(tl.float64) * core.to_tensor(scale).to(tl.float64)).to(total.dtype)
+    tl.store(parts + pid, narrow(total, parts))
 
 
 @triton.jit
@@ -116,10 +127,18 @@ class Sums(NamedTuple):
         return self.out.mul_(self.scale)
 
 
+NO_SUMS = Sums()
+
+
 def partial(
     sink: tl.constexpr, out: Tensor, outer: int, kept: int, inner: int, acc: torch.dtype, scale: Factor = 1.0, step: int = 1
 ) -> Sums:
     return Sums(sink, out, torch.empty(outer * kept * inner, dtype=acc, device=out.device), outer, kept, inner, scale, step)
+
+
+def total_of(out: Tensor, programs: int, acc: torch.dtype, scale: Factor = 1.0) -> Sums:
+    """One sum over all programs, in `out`. A single program scales it itself."""
+    return Sums(TOTAL, out, out) if programs == 1 else partial(TOTAL, out, 1, 1, programs, acc, scale)
 
 
 def sums_of_terms(spec: Likelihood | KL, view: Fold, programs: int, like: Tensor, each: Tensor | None, acc: torch.dtype) -> Sums:
@@ -128,7 +147,7 @@ def sums_of_terms(spec: Likelihood | KL, view: Fold, programs: int, like: Tensor
         return Sums(EACH, each, scale=spec.scale)
     out = torch.empty(like.shape[: spec.keep], dtype=acc, device=like.device)
     if not out.shape:
-        return partial(TOTAL, out, 1, 1, programs, acc, spec.scale)
+        return total_of(out, programs, acc, spec.scale)
     inner = view.per_out * view.chunks
     if inner == 1:
         return Sums(ROWS, out, out, scale=spec.scale)
@@ -136,15 +155,19 @@ def sums_of_terms(spec: Likelihood | KL, view: Fold, programs: int, like: Tensor
 
 
 def finish(acc: torch.dtype, *sums: Sums, loss: Tensor | None = None, beta: Factor = 1.0) -> None:
-    """Add partial sums up in one launch, each to the dtype of its result. With `loss`, the first two are the totals nll and kl."""
-    left = [s for s in sums if s.is_partial]
+    """Add partial sums up in one launch, each to the dtype of its result. With `loss`, the first two are the totals nll and kl.
+
+    A total that is whole already is its own one part, and is stored once more as it is.
+    """
+    totals = 0 if loss is None else 2  # whole or partial
+    left = [s for i, s in enumerate(sums) if i < totals or s.is_partial]
     if not left:
         return
     device = left[0].parts.device
-    families = tuple((s.parts, s.out, s.step, scalar(s.scale, acc, device)) for s in left)
+    families = tuple([(s.parts, s.out, s.step, scalar(s.scale, acc, device)) for s in left])
     sizes = [size for s in left for size in (s.outer, s.kept, s.inner)] + [0] * (3 * (FAMILIES - len(left)))
-    blocks = tuple(s.block for s in left)
-    programs = sum(-(-s.kept // block) for s, block in zip(left, blocks, strict=True))
+    blocks = tuple([s.block for s in left])
+    programs = sum([-(-s.kept // block) for s, block in zip(left, blocks, strict=True)])
     factor = None
     if loss is not None:
         factor = scalar(beta, acc, device)
@@ -161,9 +184,9 @@ class Plan(NamedTuple):
     flags: Any
     terms: Sums
     gradients: Gradients
-    of_variance: Sums = Sums()  # the gradient of a variance that broadcasts
+    of_variance: Sums = NO_SUMS  # the gradient of a variance that broadcasts
     z: Tensor | None = None
-    squares: Sums = Sums()  # of the noise
+    squares: Sums = NO_SUMS  # of the noise
 
     @property
     def programs(self) -> int:
@@ -176,4 +199,4 @@ class Plan(NamedTuple):
 
 def nothing(needs: Needs) -> Plan:
     """The plan of a side that has nothing to do."""
-    return Plan(None, (0,), None, None, Sums(), (None,) * len(needs))
+    return Plan(None, (0,), None, None, NO_SUMS, (None,) * len(needs))

@@ -206,6 +206,22 @@ def test_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.triton
+def test_host_times_every_call(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from benchmarks import host
+
+    chosen = backend.choose(None, CPU)
+    assert host.main(["--rounds", "20"]) == 0
+    assert backend.choose(None, CPU) is chosen
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("│").split("│")] for line in lines) if len(cells) == 7}
+    assert list(rows) == list(host.cases())
+    assert [rows[name][0] for name in ("elbo_loss", "gaussian_kl, mean", "vdvae-cifar")] == ["2 + 1", "1 + 1", "6 + 6"]
+    for _, *times, _ in rows.values():
+        assert min(map(float, times)) > 1  # on a busy machine even a step and its forward pass may change places
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------------------
 
 

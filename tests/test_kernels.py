@@ -18,9 +18,10 @@ pytestmark = pytest.mark.triton
 
 import fastelbo.kernels.launch as launch  # noqa: E402
 from fastelbo import kernels  # noqa: E402
-from fastelbo.kernels.latent import LatentArgs  # noqa: E402
+from fastelbo.kernels.latent import LatentArgs, LatentWanted, plan_latent  # noqa: E402
 from fastelbo.kernels.likelihood import NLLArgs, nll_kernel  # noqa: E402
 from fastelbo.kernels.tile import Block, row_offset  # noqa: E402
+from fastelbo.specs import KL, Latent, LatentInputs  # noqa: E402
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -64,6 +65,11 @@ OPS: dict[str, tuple[Op, list[str], list[str]]] = {
     ),
     "elbo_terms": (
         lambda dev: fastelbo.elbo_terms(*_inputs(dev), impl="triton"),
+        ["elbo_kernel"],
+        ["elbo_kernel"],
+    ),
+    "elbo_terms, several programs": (
+        lambda dev: fastelbo.elbo_terms(*_inputs(dev, d=5000), impl="triton"),
         ["elbo_kernel", "finish_kernel"],
         ["elbo_kernel"],
     ),
@@ -79,12 +85,19 @@ OPS: dict[str, tuple[Op, list[str], list[str]]] = {
     ),
     "gaussian_nll": (
         lambda dev: fastelbo.gaussian_nll(*_inputs(dev)[:2], reduction="mean", impl="triton"),
-        ["nll_kernel", "finish_kernel"],
+        ["nll_kernel"],
         ["nll_kernel"],
     ),
     "gaussian_nll, learned scalar std": (
         lambda dev: fastelbo.gaussian_nll(
             *_inputs(dev)[:2], std=torch.ones((), device=dev, requires_grad=True), reduction="mean", impl="triton"
+        ),
+        ["nll_kernel"],
+        ["nll_kernel"],
+    ),
+    "gaussian_nll, learned scalar std, several programs": (
+        lambda dev: fastelbo.gaussian_nll(
+            *_inputs(dev, d=5000)[:2], std=torch.ones((), device=dev, requires_grad=True), reduction="mean", impl="triton"
         ),
         ["nll_kernel", "finish_kernel"],
         ["nll_kernel", "finish_kernel"],
@@ -106,6 +119,11 @@ OPS: dict[str, tuple[Op, list[str], list[str]]] = {
     ),
     "reparameterize_kl, mean": (
         lambda dev: fastelbo.reparameterize_kl(*_inputs(dev)[2:], seed=1, reduction="mean", impl="triton"),
+        ["latent_kernel"],
+        ["latent_kernel"],
+    ),
+    "reparameterize_kl, mean, several programs": (
+        lambda dev: fastelbo.reparameterize_kl(*_inputs(dev, j=5000)[2:], seed=1, reduction="mean", impl="triton"),
         ["latent_kernel", "finish_kernel"],
         ["latent_kernel"],
     ),
@@ -153,7 +171,7 @@ OPS |= {
     ),
     "linear_elbo_loss, rows that start anywhere": (
         lambda dev: _linear(dev, j=21),
-        ["latent_kernel", "finish_kernel", "rows_kernel", "columns_kernel", "finish_kernel"],
+        ["latent_kernel", "rows_kernel", "columns_kernel", "finish_kernel"],
         ["scale_kernel", "latent_kernel"],
     ),
     "linear_gaussian_nll": (lambda dev: _layer(dev, "sum"), ["rows_kernel", "columns_kernel", "finish_kernel"], ["scale_kernel"]),
@@ -236,16 +254,25 @@ def test_row_offsets_are_64_bit_where_they_must_be() -> None:
 def test_offsets_are_as_wide_as_the_farthest_element() -> None:
     import triton.language as tl
 
-    def index(step: int, most: int = 0) -> Any:
+    def of_rows(step: int) -> Any:
         slices = [torch.empty_strided((2, 100), (stride, 1), device="meta") for stride in (100, step)]
-        view = launch.fold(torch.Size((2, 100)), 1, slices)
+        view = launch.fold(torch.Size((2, 100)), 1, slices, torch.float32)
         assert view is not None
-        return view.block(torch.float32, most).INDEX
+        return view.block.INDEX
 
-    assert index(2**31 - 100) == tl.int32  # the last element lies at 2**31 - 1
-    assert index(2**31 - 99) == tl.int64
-    assert index(100, 2**31 - 1) == tl.int32
-    assert index(100, 2**31) == tl.int64
+    assert of_rows(2**31 - 100) == tl.int32  # the last element lies at 2**31 - 1
+    assert of_rows(2**31 - 99) == tl.int64
+
+    def of_noise(samples: int | None, *shape: int) -> Any:
+        mu = torch.empty(shape, device="meta")
+        inputs = LatentInputs(mu, mu, seed=torch.empty((), dtype=torch.int64, device="meta"))
+        spec = Latent(KL(), want_kl=False, num_samples=samples)
+        return plan_latent(inputs, spec, LatentWanted((False,) * 4), torch.float32).flags.BLOCK.INDEX
+
+    assert of_noise(None, 2**16, 2**15 - 4) == tl.int32
+    assert of_noise(None, 2**16, 2**15) == tl.int64
+    assert of_noise(3, 2**16, 2**13) == tl.int32
+    assert of_noise(4, 2**16, 2**13) == tl.int64
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: str(p.relative_to(KERNELS)))

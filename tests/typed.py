@@ -25,6 +25,8 @@ assert_type(fastelbo.gaussian_kl(mu, std=logvar.exp(), prior_std=2.0, reduction=
 assert_type(fastelbo.reparameterize(mu, logstd=logvar), Tensor)
 assert_type(fastelbo.reparameterize_kl(mu, logvar, log_prob=True), tuple[Tensor, Tensor, Tensor])
 assert_type(fastelbo.gaussian_kl(mu, logvar, kl_balance=0.8, free_bits=1, reduction="batchmean", capacity=2.0), Tensor)
+assert_type(fastelbo.foreach_gaussian_kl([mu], (logvar,), [mu], reduction="sum"), list[Tensor])
+assert_type(fastelbo.foreach_reparameterize_kl([mu], [logvar], seed=1), tuple[list[Tensor], list[Tensor]])
 assert_type(fastelbo.gaussian_log_prob(mu, logvar, std=0.5), Tensor)
 assert_type(fastelbo.sample_kl(mu, mu, logvar, prior_std=2, reduction="sum"), Tensor)
 normal = torch.distributions.Normal(mu, logvar.exp())

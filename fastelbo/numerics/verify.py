@@ -139,8 +139,9 @@ def _watch(chosen: Backend) -> Backend:
     for context in tuple(_active):
         block, place = divmod(context._count("calls"), context.every)
         if block % context.every == place:
-            ops = (_Checked(context, caller, chosen.name, name, op) for name, op in zip(OUTPUTS, served[1:], strict=True))
-            served = Backend(chosen.name, *(Op(op.forward, op.backward) for op in ops))
+            ops = {name: _Checked(context, caller, chosen.name, name, getattr(served, name)) for name in OUTPUTS}
+            checked: dict[str, Any] = {name: Op(op.forward, op.backward) for name, op in ops.items()}
+            served = served._replace(**checked)
     return served
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -152,6 +153,26 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
             v["mu"], v["logvar"], v["prior_mu"], v["prior_logvar"], weight=v["rows"], kl_balance=0.8, free_bits=0.3, capacity=1,
             reduction="batchmean", **o
         ),
+    ),
+    (
+        "foreach_gaussian_kl", "prior",
+        lambda v, m, **o: tuple(
+            fastelbo.foreach_gaussian_kl([v["mu"]] * 2, [v["logvar"]] * 2, [v["prior_mu"], 0.5], [v["prior_logvar"], -1], **o)
+        ),
+    ),
+    *(
+        (
+            "foreach_reparameterize_kl", noise,
+            lambda v, m, given=given, **o: tuple(
+                itertools.chain(
+                    *fastelbo.foreach_reparameterize_kl([v["mu"]] * 2, [v["logvar"]] * 2, **given(v), reduction="mean", **o)
+                )
+            ),
+        )
+        for noise, given in (
+            ("seed", lambda v: {"seed": 7}), ("seed tensor", lambda v: {"seed": v["seed"]}),
+            ("eps", lambda v: {"eps": [v["eps"]] * 2}), ("own noise", lambda v: {}),
+        )
     ),
     ("gaussian_log_prob", "", lambda v, m, **o: fastelbo.gaussian_log_prob(v["mu"], v["prior_mu"], logstd=v["prior_logvar"], **o)),
     ("sample_kl", "", lambda v, m, **o: fastelbo.sample_kl(v["mu"], 0.5, v["prior_logvar"], prior_std=2.0, **o)),
