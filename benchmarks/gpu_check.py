@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(folder: Path, groups: Sequence[Group], rehearsal: bool, limit: float = LIMIT) -> int:
     """Run the groups one after the other and write summary.md. 1 if a part has not passed."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # So it is where a shell started this in the background, and processes inherit it: none would heed the interrupt below.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     marks, key = folder / "parts.json", {"commit": commit(), "rehearsal": rehearsal}
     done: dict[str, Any] = json.loads(marks.read_text()) if marks.exists() else {}
