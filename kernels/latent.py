@@ -116,9 +116,6 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
     most = max((samples or 1) * elements, view.reach + ((samples or 1) - 1) * max(steps))
     terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else NO_SUMS
     squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else NO_SUMS
-    # A row with one value for all of its columns reads that beyond the last one too.
-    is_void = kl.clamp is None and kl.parameter in ("logvar", "logstd") and inputs.prior_mu is None and inputs.prior_spread is None
-    is_void = is_void and all(len(own) > view.block.DIMS for own in view.strides[:2])
     given = kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance
     factors = [f if f is None else scalar(f, acc, inputs.mu.device) for f in given]
     return Plan(
@@ -131,7 +128,6 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
             terms.sink.value,
             kl.clamp is not None,
             PARAMETERS[kl.parameter].value,
-            is_void,
             view.block if most < 2**31 else view.block._replace(INDEX=tl.int64),
         ),
         terms,
@@ -202,7 +198,6 @@ class LatentFlags(NamedTuple):
     TERMS: int  # where its terms go: NOTHING, TOTAL, ROWS, EACH
     CLAMP: bool  # of a logvar
     PARAMETER: int  # LOGVAR, LOGSTD, STD, VAR
-    VOID: bool  # an element that does not exist reads as the standard prior, 0 and 0, so that its KL is 0 without a mask
     BLOCK: Block
 
 
@@ -332,8 +327,13 @@ def kl_tile(tile, mu, spread, gain, args, C: tl.constexpr):
         term = tl.where(present, term * w, 0.0)
         d_mu, d_spread = tl.where(present, d_mu * w, 0.0), tl.where(present, d_spread * w, 0.0)
         d_prior_spread = tl.where(present, d_prior_spread * w, 0.0)
-    elif not C.VOID:
-        term = tl.where(tile.mask, term, 0.0)
+    else:
+        # What does not exist reads as 0, the standard prior's own mean and logarithm, whose KL is 0; except where a row has one
+        # value for all of its columns.
+        by_element: tl.constexpr = len(t.mu.strides) > B.DIMS and len(t.spread.strides) > B.DIMS
+        of_logarithm: tl.constexpr = C.PARAMETER == LOGVAR or C.PARAMETER == LOGSTD
+        if C.CLAMP or not by_element or not of_logarithm or t.prior_mu is not None or t.prior_spread is not None:
+            term = tl.where(tile.mask, term, 0.0)
     d_prior_mu = -d_mu
     if args.balance is not None:
         of_prior = read(args.balance, B.ACC)
