@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import quick_interpreter
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -88,28 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> Iterator[None]:
-    """Look up once which names of `triton.language` the interpreter replaces.
-
-    It looks through all of them at each launch and at each call of a device function: a third of the time of the kernels' tests.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    names: dict[Any, list[str]] = {}
-
-    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
-        if package not in names:  # at the first launch, before anything is replaced
-            names[package] = [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-        members = [(name, getattr(package, name)) for name in names[package]]
-        if members and tl.core.is_builtin(members[0][1]):  # otherwise this is a call within a launch, which has replaced all
-            for name, member in members:
-                interpreter._patch_attr(package, name, member, builder, *scope)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+    with quick_interpreter():
         yield
 
 

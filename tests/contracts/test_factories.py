@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS, HAS_GPU, TORCH, TORCH_ON_GPU, TRITON, Backend
+from interpreter import quick_interpreter
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -400,7 +401,7 @@ def check(call: Callable[..., Any], backend: Backend, dtype: torch.dtype, where:
             torch.testing.assert_close(got.detach().float(), want.detach().float(), **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
 
 
-# Triton's interpreter takes twenty seconds for all of them, which the last test spends.
+# The last test spends the time that Triton's interpreter takes for all of them.
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("backend", [TORCH, *TORCH_ON_GPU, *([TRITON] if HAS_GPU else [])])
 @pytest.mark.parametrize(("name", "kind", "call"), CASES, ids=[f"{name} {kind}".strip() for name, kind, _ in CASES])
@@ -419,11 +420,12 @@ NEW_PROCESS.set_forkserver_preload(["fastelbo"])
 
 
 def first_calls(backend: Backend, where: str) -> None:
-    for name, kind, call in CASES:
-        try:
-            check(call, backend, torch.float32, where, first=True)
-        except Exception as error:
-            raise AssertionError(f"{name} {kind}") from error
+    with quick_interpreter():
+        for name, kind, call in CASES:
+            try:
+                check(call, backend, torch.float32, where, first=True)
+            except Exception as error:
+                raise AssertionError(f"{name} {kind}") from error
 
 
 @pytest.mark.parametrize("where", ENVIRONMENTS)
