@@ -58,8 +58,12 @@ class Module(torch.nn.Module):
         return self.fn(r, x, m, v)
 
 
-@pytest.mark.parametrize("kind", ["auto", "named", "bare"])
-@pytest.mark.parametrize("name", list(EXPORTED))
+# A bare dimension is the strictest: no size may become a constant.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "bare") for name in EXPORTED)]
+    + [(name, kind) for name in ("elbo_loss", "reparameterize-seed", "sgvb_loss") for kind in ("auto", "named")],
+)
 def test_export_with_a_dynamic_batch(name: str, kind: str) -> None:
     dim = {"auto": Dim.AUTO, "named": Dim("batch", min=2, max=100_000), "bare": Dim("batch")}[kind]
     program = torch.export.export(Module(EXPORTED[name]), tuple(inputs(5)), dynamic_shapes=({0: dim},) * 4)
@@ -70,15 +74,17 @@ def test_export_with_a_dynamic_batch(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", [*EXPORTED, "reparameterize-samples", "reparameterize_kl-samples"])
 def test_compiled_at_more_than_one_batch(name: str) -> None:
-    """The second batch makes the size symbolic, for which some of torch's functions have no form."""
+    """The size is symbolic, for which some of torch's functions have no form."""
     drawn: dict[str, Fn] = {
         "reparameterize-samples": lambda r, x, m, v: fastelbo.reparameterize(m, v, 2),
         "reparameterize_kl-samples": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, num_samples=3),
     }
     fn = (EXPORTED | drawn)[name]
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    for batch in (4, 5, 7):
+    for batch in (4, 7):
         args, found = inputs(batch, requires_grad=True), []
+        for t in args:
+            torch._dynamo.maybe_mark_dynamic(t, 0)  # at the first batch rather than when it has seen another
         for call in (fn, compiled):
             torch.manual_seed(3)
             out = call(*args)
