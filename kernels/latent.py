@@ -7,6 +7,7 @@ from a seed. Backward draws it again and never uses z - mu, which cancels.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
-from .launch import Fold, fold, scalar, views
-from .math import divide, exp, log1p_gap, sigma_expm1_remainder, sqrt
+from .kl import LOGSTD, LOGVAR, PARAMETERS, kl_math, sigma_of, through_sigma
+from .launch import LAYOUTS, Fold, Form, fold, forms, imagined, imagined_like, made, scalar, views
 from .op import op_of
 from .philox import normal_rows
 from .reduction import NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms
@@ -27,10 +28,6 @@ from .tile import Block, Grid, load, read, store, tile_at, tiles_of, zeros
 
 # Where the noise comes from: nowhere (no sampling), a tensor, a seed with tiles that start at a multiple of four, any other tiles.
 NO_NOISE, GIVEN, ALIGNED, UNALIGNED = (tl.constexpr(i) for i in range(4))
-
-# What the spreads of posterior and prior are.
-LOGVAR, LOGSTD, STD, VAR = (tl.constexpr(i) for i in range(4))
-PARAMETERS = {"logvar": LOGVAR, "logstd": LOGSTD, "std": STD, "var": VAR}
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------------------
@@ -75,66 +72,107 @@ class LatentWanted(NamedTuple):
     out: tuple[Tensor, Tensor] | None = None  # for the gradients of mu and the spread
 
 
-def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: torch.dtype, dense: bool = False) -> Plan:
-    """Plan a launch that reads and writes tensors as they lie, or copies (`dense`) if they have no common view.
-
-    Noise from a seed is numbered by the logical order of the elements, so it needs a view that keeps it: a mu and a spread in
-    channels_last are copied there.
-    """
+def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: torch.dtype) -> Plan:
+    """Plan a launch that reads and writes tensors as they lie, or copies them if they have no common view."""
     *read_from, eps, seed = inputs
-    shape, samples, kl, is_forward = inputs.mu.shape, spec.num_samples, spec.kl, wanted.grads is None
+    kl, device, is_forward = spec.kl, inputs.mu.device, wanted.grads is None
     grad_z, grad_kl = (None, None) if is_forward else wanted.grads
-    has_terms = is_forward and spec.want_kl
-    read_from = views((*read_from, grad_kl), shape, dense)
+    given = *read_from, grad_kl, eps, grad_z, *(wanted.out or ())
+    traits = _Traits(
+        is_forward, wanted.needs, acc, seed is not None, spec.num_samples, spec.want_kl, spec.want_squares, kl.keep,
+        kl.clamp is not None, kl.parameter,
+    )  # fmt: skip
+    layout = _layout(forms(given), traits)
+    if layout.is_dense:
+        *read_from, grad_kl = views((*read_from, grad_kl), inputs.mu.shape, dense=True)
+        eps, grad_z = (None if t is None else t.contiguous() for t in (eps, grad_z))
+    gradients = [made(form, device) for form in layout.gradients]
+    if wanted.out is not None and not layout.is_dense:
+        gradients[:2] = wanted.out
+    each, z = made(layout.each, device), made(layout.z, device)
+    terms, squares = layout.terms.on(device, kl.scale, each), layout.squares.on(device)
+    operands = layout.view.operands((*read_from, grad_kl, *gradients, each, eps, grad_z, z))
+    factors = [f if f is None else scalar(f, acc, device) for f in (kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance)]
+    args = LatentArgs(LatentTensors(*operands), layout.steps, layout.view.cols, terms.parts, squares.parts, seed, *factors)
+    return Plan(latent_kernel, layout.sizes, args, layout.flags, terms, tuple(gradients), z=z, squares=squares)
+
+
+class _Traits(NamedTuple):
+    """What a launch is made of, beside the forms of its tensors: see `Latent`, `KL` and `LatentWanted`."""
+
+    is_forward: bool
+    needs: Needs
+    acc: torch.dtype
+    is_seeded: bool
+    samples: int | None
+    want_kl: bool
+    want_squares: bool
+    keep: int
+    is_clamped: bool
+    parameter: str
+
+
+class _Layout(NamedTuple):
+    """What a plan has that follows from the forms of its tensors, and from what is computed."""
+
+    view: Fold
+    is_dense: bool  # what is not contiguous is copied first
+    gradients: tuple[Form | None, ...]  # of mu, the spread and the prior's
+    each: Form | None  # of the terms, where none are summed
+    z: Form | None
+    steps: SampleSteps
+    sizes: tuple[int, ...]
+    flags: LatentFlags
+    terms: Sums
+    squares: Sums
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _layout(given: tuple[Form | None, ...], traits: _Traits, dense: bool = False) -> _Layout:
+    is_forward, needs, acc, is_seeded, samples, want_kl, want_squares, keep, is_clamped, parameter = traits
+    # Noise from a seed is numbered by the logical order of the elements: moments in channels_last are copied there.
+    (*read_from, eps, grad_z), out = imagined(given[:8]), imagined(given[8:])
+    shape = read_from[0].shape
+    read_from = views(read_from, shape, dense)
+    mu, grad_kl, has_terms = read_from[0], read_from[-1], is_forward and want_kl
     if dense:
         eps, grad_z = (None if t is None else t.contiguous() for t in (eps, grad_z))
-    gradients = [torch.empty_like(t) if need else None for t, need in zip(read_from[:4], wanted.needs, strict=True)]
-    if wanted.out is not None and not dense:
-        gradients[:2] = wanted.out
-    each = torch.empty_like(read_from[0], dtype=acc) if has_terms and 0 < kl.keep == len(shape) else None
+    gradients = [imagined_like(t) if need else None for t, need in zip(read_from[:4], needs, strict=True)]
+    if out and not dense:
+        gradients[:2] = out
+    each = imagined_like(mu, acc) if has_terms and 0 < keep == len(shape) else None
     z = None
-    if is_forward and (seed is not None or (eps is not None and samples is not None)):
-        z = inputs.mu.new_empty(shape if samples is None else (samples, *shape))
+    if is_forward and (is_seeded or (eps is not None and samples is not None)):
+        z = torch.empty(shape if samples is None else (samples, *shape), dtype=mu.dtype, device="meta")
     elif is_forward and eps is not None:
-        z = torch.empty_like(read_from[0])
+        z = imagined_like(mu)
     firsts, steps = (eps, grad_z, z), ONE_SAMPLE
     if samples is not None:
         steps = SampleSteps(*[0 if t is None else t.stride(0) for t in firsts])
         firsts = [t if t is None else t[0] for t in firsts]
     tensors = LatentTensors(*read_from, *gradients, each, *firsts)
 
-    view = fold(shape, kl.keep, tensors, acc, seed is not None)
+    view = fold(shape, keep, tensors, acc, is_seeded)
     if view is None:
-        return plan_latent(inputs, spec, wanted, acc, dense=True)
+        return _layout(given, traits, dense=True)
     elements, noise = math.prod(shape), NO_NOISE if eps is None else GIVEN
-    if seed is not None:
+    if is_seeded:
         # The tiles of a first sample start at a multiple of four.
         noise = ALIGNED if samples is None or elements % 4 == 0 else UNALIGNED
         if noise is UNALIGNED:
             # A Philox call for each element fills the registers at half the tile.
-            view = fold(shape, kl.keep, tensors, acc, True, share=2)
+            view = fold(shape, keep, tensors, acc, True, share=2)
+    terms = sums_of_terms(keep, view, view.programs, mu, each, acc) if has_terms else NO_SUMS
     most = max((samples or 1) * elements, view.reach + ((samples or 1) - 1) * max(steps))
-    terms = sums_of_terms(kl, view, view.programs, inputs.mu, each, acc) if has_terms else NO_SUMS
-    squares = _sums_of_squares(view, shape[: kl.keep], samples, inputs.mu, acc) if is_forward and spec.want_squares else NO_SUMS
-    given = kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance
-    factors = [f if f is None else scalar(f, acc, inputs.mu.device) for f in given]
-    return Plan(
-        latent_kernel,
-        (*view.grid(view.programs), samples, elements),
-        LatentArgs(LatentTensors(*view.operands(tensors)), steps, view.cols, terms.parts, squares.parts, seed, *factors),
-        LatentFlags(
-            noise.value,
-            has_terms or grad_kl is not None,
-            terms.sink.value,
-            kl.clamp is not None,
-            PARAMETERS[kl.parameter].value,
-            view.block if most < 2**31 else view.block._replace(INDEX=tl.int64),
-        ),
-        terms,
-        tuple(gradients),
-        z=z,
-        squares=squares,
-    )
+    block = view.block if most < 2**31 else view.block._replace(INDEX=tl.int64)
+    has_kl = has_terms or grad_kl is not None
+    flags = LatentFlags(noise.value, has_kl, terms.sink.value, is_clamped, PARAMETERS[parameter].value, block)
+    if out and not dense:
+        gradients[:2] = None, None  # they are there
+    return _Layout(
+        view, dense, forms(gradients), *forms((each, z)), steps, (*view.grid(view.programs), samples, elements), flags, terms,
+        _sums_of_squares(view, shape[:keep], samples, mu, acc) if is_forward and want_squares else NO_SUMS,
+    )  # fmt: skip
 
 
 def _sums_of_squares(view: Fold, kept: torch.Size, samples: int | None, like: Tensor, acc: torch.dtype) -> Sums:
@@ -199,110 +237,6 @@ class LatentFlags(NamedTuple):
     CLAMP: bool  # of a logvar
     PARAMETER: int  # LOGVAR, LOGSTD, STD, VAR
     BLOCK: Block
-
-
-@triton.jit
-def kl_math(mu, spread, prior_mu, prior_spread, PARAMETER: tl.constexpr):
-    """The KL and its derivatives: (kl, in mu, in spread, in prior_spread). The derivative in prior_mu is minus the one in mu.
-
-    A prior of None is N(0, 1). With v = logvar - prior logvar: 1/2 [ (mu - prior_mu)^2 / prior_var + (e^v - 1 - v) ].
-    """
-    d = mu
-    if prior_mu is not None:
-        d = mu - prior_mu
-    if (PARAMETER == STD) | (PARAMETER == VAR):
-        square, d_mu, expm1, remainder = _of_ratio(d, spread, prior_spread, PARAMETER)
-    else:
-        square, d_mu, expm1, remainder = _of_logarithms(d, spread, prior_spread, PARAMETER)
-    d_spread = expm1
-    d_prior_spread = -(square + expm1)
-    if PARAMETER == LOGSTD:
-        d_spread, d_prior_spread = 2.0 * d_spread, 2.0 * d_prior_spread
-    elif PARAMETER == STD:
-        d_spread = divide(2.0 * d_spread, spread)
-        if prior_spread is not None:
-            d_prior_spread = divide(2.0 * d_prior_spread, prior_spread)
-    elif PARAMETER == VAR:
-        d_spread = divide(d_spread, spread)
-        if prior_spread is not None:
-            d_prior_spread = divide(d_prior_spread, prior_spread)
-    return square + remainder, d_mu, d_spread, d_prior_spread
-
-
-@triton.jit
-def _of_logarithms(d, spread, prior_spread, PARAMETER: tl.constexpr):
-    """1/2 d^2 / prior_var, d / prior_var, and half of (e^v - 1, e^v - 1 - v)."""
-    v = spread
-    d_mu = d
-    if PARAMETER == LOGSTD:
-        v = 2.0 * spread
-    if prior_spread is not None:
-        prior = prior_spread
-        root = exp(-prior) if PARAMETER == LOGSTD else exp(-0.5 * prior)  # in range where the variance or its inverse is not
-        if PARAMETER == LOGSTD:
-            prior = 2.0 * prior
-        logvar = v
-        v = logvar - prior
-        d_mu = d * root * root
-    _, expm1, remainder = sigma_expm1_remainder(v)
-    if prior_spread is not None:
-        # Far from the prior the rounding of v moves e**v by many times its own: `low` is what v lost (Knuth's two-sum).
-        back = v - logvar
-        low = (logvar - (v - back)) - (prior + back)
-        more = (expm1 + 0.5) * low
-        finite = tl.abs(more) < float("inf")
-        remainder = tl.where(finite, remainder + expm1 * low, remainder)
-        expm1 = tl.where(finite, expm1 + more, expm1)
-    return 0.5 * d * d_mu, d_mu, expm1, remainder
-
-
-@triton.jit
-def _of_ratio(d, spread, prior_spread, PARAMETER: tl.constexpr):
-    """As `_of_logarithms`, by e^v as a ratio or its square: near the prior the ratio is rounded, where the difference is not."""
-    ratio = spread
-    beyond = spread - 1.0
-    square = 0.5 * d * d
-    d_mu = d
-    if prior_spread is not None:
-        ratio = divide(spread, prior_spread)
-        beyond = tl.where(tl.abs(ratio - 1.0) < 1.0, divide(spread - prior_spread, prior_spread), ratio - 1.0)
-        d_mu = divide(d, prior_spread)
-        square = 0.5 * d * d_mu
-        if PARAMETER == STD:
-            square = 0.5 * d_mu * d_mu
-            d_mu = divide(d_mu, prior_spread)
-    lost = log1p_gap(beyond, ratio)
-    if PARAMETER == STD:
-        expm1 = beyond + 0.5 * beyond * beyond
-        return square, d_mu, tl.where(ratio < 0.5, 0.5 * ratio * ratio - 0.5, expm1), 0.5 * beyond * beyond + lost
-    else:
-        return square, d_mu, 0.5 * beyond, 0.5 * lost
-
-
-@triton.jit
-def sigma_of(spread, PARAMETER: tl.constexpr):
-    """The standard deviation."""
-    if PARAMETER == LOGVAR:
-        return sigma_expm1_remainder(spread)[0]
-    elif PARAMETER == LOGSTD:
-        return sigma_expm1_remainder(2.0 * spread)[0]
-    elif PARAMETER == STD:
-        return spread
-    else:
-        return sqrt(spread)
-
-
-@triton.jit
-def through_sigma(d_sigma, sigma, PARAMETER: tl.constexpr):
-    """The derivative in the spread, given the one in the standard deviation."""
-    if PARAMETER == LOGVAR:
-        return 0.5 * sigma * d_sigma
-    elif PARAMETER == LOGSTD:
-        return sigma * d_sigma
-    elif PARAMETER == STD:
-        return d_sigma
-    else:
-        return divide(0.5 * d_sigma, sigma)
 
 
 @triton.jit

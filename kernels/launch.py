@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,36 @@ PROGRAMS = 2048
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-class Fold(NamedTuple):
-    """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output.
+# The shape, strides and dtype of a tensor. What a launch is made of follows from those of its tensors, except for pointers and
+# factors. So each side plans a layout once, on tensors of these forms that have no memory, and a call only fills it in.
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+# Layouts that each side remembers: of a batch of varied length every length is one.
+LAYOUTS = 4096
 
-    Calls of one layout share it, so whatever follows from the layout alone is here, computed once.
-    """
+
+def forms(tensors: Sequence[Tensor | None]) -> tuple[Form | None, ...]:
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def imagined(found: Sequence[Form | None]) -> list[Tensor | None]:
+    """Tensors of these forms, without memory."""
+    return [None if f is None else torch.empty_strided(f[0], f[1], dtype=f[2], device="meta") for f in found]
+
+
+def imagined_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.empty_like` of an imagined tensor, which takes twenty times as long as this where t is contiguous."""
+    if t.is_contiguous():
+        return torch.empty_strided(t.shape, t.stride(), dtype=dtype or t.dtype, device="meta")
+    return torch.empty_like(t, dtype=dtype)
+
+
+def made(form: Form | None, device: torch.device) -> Tensor | None:
+    """A new tensor of this form."""
+    return None if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device=device)
+
+
+class Fold(NamedTuple):
+    """Rows of columns: `rows` have up to three dimensions (the inner two of sizes r1, r2), `per_out` of them make an output."""
 
     rows: int
     cols: int
@@ -55,7 +80,7 @@ class Fold(NamedTuple):
         return programs, self.rows, self.r1, self.r2
 
     def operands(self, tensors: Sequence[Tensor | None]) -> list[Operand | None]:
-        """The records of the tensors that this view was made for."""
+        """The records of tensors that lie as those that this view was made for. What broadcasts need not be expanded."""
         return [t if t is None else Operand(t, strides) for t, strides in zip(tensors, self.strides, strict=True)]
 
 
@@ -67,17 +92,11 @@ def fold(
     `ordered` keeps the logical order of the elements, which noise is numbered by, and lets tiles start where 4 divides a number;
     otherwise elements are walked in memory order. A tile has the `share`-th part of the elements that it usually has.
     """
-    return _fold(shape, keep, tuple([t if t is None else t.stride() for t in operands]), acc, ordered, share)
-
-
-@lru_cache(maxsize=4096)
-def _fold(
-    shape: torch.Size, keep: int, strides: tuple[tuple[int, ...] | None, ...], acc: torch.dtype, ordered: bool, share: int
-) -> Fold | None:
     # At half of TILE float64 still spilled on one target of `benchmarks/codegen.py`.
     tile = (TILE // 4 if acc == torch.float64 else TILE) // share
     if math.prod(shape) >= 2**31 * tile // 2:
         raise ValueError(f"a tensor of shape {tuple(shape)} has more tiles than one launch can number")
+    strides = [t if t is None else t.stride() for t in operands]
     given = [s for s in strides if s is not None]
     # Kept rows must stay apart from the elements that they sum; where everything or nothing is summed there is one group.
     split = keep if 0 < keep < len(shape) else 0

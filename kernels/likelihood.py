@@ -7,6 +7,7 @@ somewhere to write.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from fastelbo.dtypes import LOG_2PI, OPEN, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .counts import negative_binomial_math, poisson_math, poisson_slope, zero_inflated_math
-from .launch import PROGRAMS, Fold, fold, scalar, views
+from .launch import LAYOUTS, PROGRAMS, Fold, Form, fold, forms, imagined, imagined_like, made, scalar, views
 from .math import divide, exp, log, log1p_exp_and_sigmoid, minus_log1m_exp_and_ratio
 from .op import op_of
 from .reduction import COLS, EACH, NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms, total_of
-from .tile import Block, Grid, Operand, chunks_of, load, read, store, tile_at, tiles_of, zeros
+from .tile import Block, Grid, chunks_of, load, read, store, tile_at, tiles_of, zeros
 
 # What p is: a Gaussian whose variance is a number, or a tensor of one of three kinds; a Laplace distribution whose scale is a
 # number, or a tensor of its logarithm; a Bernoulli distribution of logits; the bins of a logistic distribution, whose scale is
@@ -55,57 +56,82 @@ def _run(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | N
 likelihood = op_of(_run)
 
 
-def plan_nll(
-    inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None, acc: torch.dtype, dense: bool = False
-) -> Plan:
+def plan_nll(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients | None, acc: torch.dtype) -> Plan:
     """Plan a launch that reads and writes tensors as they lie. Without `grads` it computes the terms, whose gradient is then 1.
 
-    If they have no common view, or a variance broadcasts in a pattern that no sink sums, then what is not contiguous is copied
-    (`dense`), and the gradient of the variance is written for each element: `nll_gradients` sums it.
+    If they have no common view, or a variance broadcasts in a pattern that no sink sums, then what is not contiguous is copied,
+    and the gradient of the variance is written for each element: `nll_gradients` sums it.
     """
-    shape, device = inputs.recon.shape, inputs.recon.device
-    recon, x, variance, zi_logits, weight, grad_output = views((*inputs, None if grads is None else grads[0]), shape, dense)
-    d_variance = None
-    if needs[2]:
-        is_summed = inputs.variance.shape != shape
-        if is_summed and dense and any(variance.stride()):
-            d_variance = torch.empty(shape, dtype=acc, device=device)
-        else:
-            d_variance = torch.empty_like(inputs.variance if is_summed else variance)
-    tensors = NLLTensors(
-        recon, x, variance, zi_logits, weight, grad_output,
-        d_recon=torch.empty_like(recon) if needs[0] else None,
-        d_x=torch.empty_like(x) if needs[1] else None,
-        d_variance=None if d_variance is None else d_variance.expand(shape),
-        d_zi_logits=torch.empty_like(recon, dtype=inputs.zi_logits.dtype) if needs[3] else None,
-        terms=torch.empty_like(recon, dtype=acc) if grads is None and 0 < spec.keep == len(shape) else None,
-    )  # fmt: skip
-    # The terms of counts take four times the registers of the others.
-    view = fold(shape, spec.keep, tensors, acc, share=4 if spec.family in COUNTS else 1)
-    operands = None if view is None else NLLTensors(*view.operands(tensors))
-    of_variance = None if view is None else _sums_of_variance(view, d_variance, shape, operands.d_variance, acc)
-    if of_variance is None:
-        return plan_nll(inputs, spec, needs, grads, acc, dense=True)
-    if of_variance.sink is not EACH and d_variance is not None:
-        operands = operands._replace(d_variance=None)  # its place was needed for its strides
-    programs = of_variance.outer * view.chunks if of_variance.sink is COLS else view.programs
-    terms = sums_of_terms(spec, view, programs, inputs.recon, tensors.terms, acc) if grads is None else NO_SUMS
-    kind = kind_of(spec, inputs.variance is not None)
-    factors = spec.scale, *inverse_and_constant(spec, inputs.variance), spec.floor
+    device, variance = inputs.recon.device, inputs.variance
+    given = (*inputs, None if grads is None else grads[0])
+    flags = kind_of(spec, variance is not None).value, spec.full and spec.family in COUNTS
+    layout = _layout(forms(given), spec.keep, flags, spec.family in COUNTS, needs, grads is None, acc)
+    if layout.is_dense:
+        given = views(given, inputs.recon.shape, dense=True)
+    gradients, each = [made(form, device) for form in layout.gradients], made(layout.each, device)
+    terms, of_variance = layout.terms.on(device, spec.scale, each), layout.of_variance.on(device, out=gradients[2])
+    written = list(gradients)
+    if of_variance.sink is not EACH:
+        written[2] = None  # its place was needed for its strides
+    operands = NLLTensors(*layout.view.operands((*given, *written, each)))
+    factors = spec.scale, *inverse_and_constant(spec, variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
     image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
     bin = None
     if spec.bin is not None:
         bin = tuple([scalar(f, acc, device) for f in (*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1]))])
-    return Plan(
-        nll_kernel,
-        view.grid(programs),
-        NLLArgs(operands, view.cols, terms.parts, of_variance.parts, *(scalar(f, acc, device) for f in factors), image, bin),
-        NLLFlags(kind.value, spec.full and spec.family in COUNTS, terms.sink.value, of_variance.sink.value, view.block),
-        terms,
-        (tensors.d_recon, tensors.d_x, d_variance, tensors.d_zi_logits),
-        of_variance,
-    )
+    factors = [scalar(f, acc, device) for f in factors]
+    args = NLLArgs(operands, layout.view.cols, terms.parts, of_variance.parts, *factors, image, bin)
+    return Plan(nll_kernel, layout.sizes, args, layout.flags, terms, tuple(gradients), of_variance)
+
+
+class _Layout(NamedTuple):
+    """What a plan has that follows from the forms of its tensors, and from what is computed."""
+
+    view: Fold
+    is_dense: bool  # what is not contiguous is copied first
+    gradients: tuple[Form | None, ...]  # of recon, x, the variance, the logits
+    each: Form | None  # of the terms, where none are summed
+    sizes: tuple[int, ...]
+    flags: NLLFlags
+    terms: Sums
+    of_variance: Sums
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _layout(
+    given: tuple[Form | None, ...], keep: int, kind: tuple[int, bool], is_of_counts: bool, needs: Needs, is_forward: bool,
+    acc: torch.dtype, dense: bool = False,
+) -> _Layout:  # fmt: skip
+    given_variance = imagined(given)[2]
+    shape = given[0][0]
+    recon, x, variance, zi_logits, weight, grad_output = views(imagined(given), shape, dense)
+    d_variance = None
+    if needs[2]:
+        is_summed = given_variance.shape != shape
+        if is_summed and dense and any(variance.stride()):
+            d_variance = torch.empty(shape, dtype=acc, device="meta")
+        else:
+            d_variance = imagined_like(given_variance if is_summed else variance)
+    tensors = NLLTensors(
+        recon, x, variance, zi_logits, weight, grad_output,
+        d_recon=imagined_like(recon) if needs[0] else None,
+        d_x=imagined_like(x) if needs[1] else None,
+        d_variance=None if d_variance is None else d_variance.expand(shape),
+        d_zi_logits=imagined_like(recon, zi_logits.dtype) if needs[3] else None,
+        terms=imagined_like(recon, acc) if is_forward and 0 < keep == len(shape) else None,
+    )  # fmt: skip
+    # The terms of counts take four times the registers of the others.
+    view = fold(shape, keep, tensors, acc, share=4 if is_of_counts else 1)
+    of_variance = None if view is None else _sums_of_variance(view, d_variance, shape, acc)
+    if of_variance is None:
+        return _layout(given, keep, kind, is_of_counts, needs, is_forward, acc, dense=True)
+    programs = of_variance.outer * view.chunks if of_variance.sink is COLS else view.programs
+    terms = sums_of_terms(keep, view, programs, recon, tensors.terms, acc) if is_forward else NO_SUMS
+    return _Layout(
+        view, dense, forms((tensors.d_recon, tensors.d_x, d_variance, tensors.d_zi_logits)), *forms((tensors.terms,)),
+        view.grid(programs), NLLFlags(*kind, terms.sink.value, of_variance.sink.value, view.block), terms, of_variance,
+    )  # fmt: skip
 
 
 def nll_gradients(plan: Plan, variance: Tensor | None) -> Gradients:
@@ -116,17 +142,16 @@ def nll_gradients(plan: Plan, variance: Tensor | None) -> Gradients:
     return d_recon, d_x, d_variance, d_zi_logits
 
 
-def _sums_of_variance(
-    view: Fold, gradient: Tensor | None, shape: torch.Size, operand: Operand | None, acc: torch.dtype
-) -> Sums | None:
+def _sums_of_variance(view: Fold, gradient: Tensor | None, shape: torch.Size, acc: torch.dtype) -> Sums | None:
     """Where the gradient of the variance goes; None if it varies in a pattern that no sink sums."""
     if gradient is None:
         return NO_SUMS
     if gradient.shape == shape:
         return Sums(EACH, gradient)
     dims = view.block.DIMS
-    steps = operand.strides[:dims]
-    varied, by_column = [i for i, step in enumerate(steps) if step], len(operand.strides) > dims
+    strides = view.strides[NLLTensors._fields.index("d_variance")]
+    steps = strides[:dims]
+    varied, by_column = [i for i, step in enumerate(steps) if step], len(strides) > dims
     if not varied and by_column:
         groups = max(1, min(max(GROUPS, GROUP_PROGRAMS // view.chunks), PROGRAMS // view.chunks, view.tiles // view.chunks))
         return partial(COLS, gradient, groups, view.cols, 1, acc)

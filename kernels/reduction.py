@@ -15,7 +15,7 @@ import triton.language as tl
 import triton.language.core as core
 from torch import Tensor
 
-from fastelbo.specs import KL, Factor, Gradients, Likelihood, Needs
+from fastelbo.specs import Factor, Gradients, Needs
 
 from .launch import TYPES, Fold, launch, scalar
 from .tile import narrow, put, read, store
@@ -115,6 +115,19 @@ class Sums(NamedTuple):
     def is_partial(self) -> bool:
         return self.parts is not None and self.parts is not self.out
 
+    def on(self, device: torch.device, scale: Factor = 1.0, out: Tensor | None = None) -> Sums:
+        """What was planned on tensors without memory, on a device: in `out`, or in a new tensor."""
+        if self.out is None:
+            return self
+        if out is None:
+            out = torch.empty(self.out.shape, dtype=self.out.dtype, device=device)
+        parts = out
+        if self.parts is not self.out:
+            parts = None if self.parts is None else torch.empty(self.parts.shape, dtype=self.parts.dtype, device=device)
+        elif self.sink is TOTAL:
+            scale = 1.0  # the one program has scaled it
+        return Sums(self.sink, out, parts, self.outer, self.kept, self.inner, scale, self.step)
+
     @property
     def block(self) -> int:
         """How many segments a program sums: few long ones are read along themselves, many short ones side by side."""
@@ -130,28 +143,26 @@ class Sums(NamedTuple):
 NO_SUMS = Sums()
 
 
-def partial(
-    sink: tl.constexpr, out: Tensor, outer: int, kept: int, inner: int, acc: torch.dtype, scale: Factor = 1.0, step: int = 1
-) -> Sums:
-    return Sums(sink, out, torch.empty(outer * kept * inner, dtype=acc, device=out.device), outer, kept, inner, scale, step)
+def partial(sink: tl.constexpr, out: Tensor, outer: int, kept: int, inner: int, acc: torch.dtype, step: int = 1) -> Sums:
+    return Sums(sink, out, torch.empty(outer * kept * inner, dtype=acc, device=out.device), outer, kept, inner, step=step)
 
 
-def total_of(out: Tensor, programs: int, acc: torch.dtype, scale: Factor = 1.0) -> Sums:
+def total_of(out: Tensor, programs: int, acc: torch.dtype) -> Sums:
     """One sum over all programs, in `out`. A single program scales it itself."""
-    return Sums(TOTAL, out, out) if programs == 1 else partial(TOTAL, out, 1, 1, programs, acc, scale)
+    return Sums(TOTAL, out, out) if programs == 1 else partial(TOTAL, out, 1, 1, programs, acc)
 
 
-def sums_of_terms(spec: Likelihood | KL, view: Fold, programs: int, like: Tensor, each: Tensor | None, acc: torch.dtype) -> Sums:
+def sums_of_terms(keep: int, view: Fold, programs: int, like: Tensor, each: Tensor | None, acc: torch.dtype) -> Sums:
     """For the terms of a launch over tensors like this one; `each` is for them all, where none are summed."""
     if each is not None:
-        return Sums(EACH, each, scale=spec.scale)
-    out = torch.empty(like.shape[: spec.keep], dtype=acc, device=like.device)
+        return Sums(EACH, each)
+    out = torch.empty(like.shape[:keep], dtype=acc, device=like.device)
     if not out.shape:
-        return total_of(out, programs, acc, spec.scale)
+        return total_of(out, programs, acc)
     inner = view.per_out * view.chunks
     if inner == 1:
-        return Sums(ROWS, out, out, scale=spec.scale)
-    return partial(ROWS, out, 1, view.rows // view.per_out, inner, acc, spec.scale)
+        return Sums(ROWS, out, out)
+    return partial(ROWS, out, 1, view.rows // view.per_out, inner, acc)
 
 
 def finish(acc: torch.dtype, *sums: Sums, loss: Tensor | None = None, beta: Factor = 1.0) -> None:

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 import triton.language.core as core
 
-from ..latent import ALIGNED, GIVEN, LOGVAR, NO_NOISE, kl_math, sigma_of, through_sigma
+from ..kl import LOGVAR, kl_math, sigma_of, through_sigma
+from ..latent import ALIGNED, GIVEN, NO_NOISE
 from ..launch import INTERPRETED
 from ..math import exp
 from ..philox import normal_rows
