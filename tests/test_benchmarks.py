@@ -215,7 +215,7 @@ def test_host_times_every_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert host.main(["--rounds", "20"]) == 0
     assert backend.choose(None, CPU) is chosen
     lines = capsys.readouterr().out.splitlines()
-    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("│").split("│")] for line in lines) if len(cells) == 7}
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("│").split("│")] for line in lines) if len(cells) == 8}
     assert list(rows) == list(host.cases())
     assert [rows[name][0] for name in ("elbo_loss", "gaussian_kl, mean", "vdvae-cifar")] == ["2 + 1", "1 + 1", "6 + 6"]
     for _, *times, _ in rows.values():
