@@ -249,11 +249,13 @@ def one_form(prefix: str, *forms: Any) -> tuple[str, Any]:
 def prior_spread(mu: Tensor, parameter: str, *forms: Any) -> tuple[str, Any]:
     """The name of the prior's spread that is given, and its value in the posterior's form; None where none is."""
     name, value = one_form("prior_", *forms)
-    if value is None:
-        return name, None
-    form = name.removeprefix("prior_")
+    return name, None if value is None else in_form(name, name.removeprefix("prior_"), value, parameter, mu)
+
+
+def in_form(name: str, form: str, value: Any, to: str, mu: Tensor) -> Any:
+    """Check the spread of a prior that is given in one form, and return it in another."""
     checks.spread(name, form, value, mu.device)
-    return name, value if form == parameter else _converted(value, form, parameter, mu)
+    return value if form == to else _converted(value, form, to, mu)
 
 
 def logvar_of(spread: Tensor, parameter: str, mu: Tensor) -> Tensor:

@@ -28,10 +28,16 @@ Tensors = Sequence[Tensor]
 @one_node
 def foreach_gaussian_kl(
     mus: Tensors,
-    logvars: Tensors,
+    logvars: Tensors | None = None,
     prior_mus: Tensors | None = None,
     prior_logvars: Tensors | None = None,
     *,
+    logstds: Tensors | None = None,
+    stds: Tensors | None = None,
+    vars: Tensors | None = None,
+    prior_logstds: Tensors | None = None,
+    prior_stds: Tensors | None = None,
+    prior_vars: Tensors | None = None,
     reduction: Reduction = "none",
     batch_dims: int = 1,
     impl: Impl | None = None,
@@ -41,8 +47,11 @@ def foreach_gaussian_kl(
     The values and gradients are those of the single calls, bit for bit, at a fraction of their host time.
 
     Args:
-        mus, logvars: Means and log-variances of the posteriors, pairs of one shape and of any floating dtype, on one device.
-        prior_mus, prior_logvars: Those of the priors, each of a shape that broadcasts to its mu; None for priors N(0, 1).
+        mus: Means of the posteriors, of any floating dtype, on one device.
+        logvars, logstds, stds, vars: Their spreads, in exactly one of four forms, each of its mu's shape.
+        prior_mus: Means of the priors, each a number or a tensor that broadcasts to its mu; None is 0.
+        prior_logvars, prior_logstds, prior_stds, prior_vars: Their spreads, likewise, in at most one form; with none the priors
+            have unit variance. Those in another form than the posteriors' are converted first.
         reduction, batch_dims: Of each element, as in `gaussian_kl`.
         impl: None or "auto", "triton", "torch", "reference".
 
@@ -53,18 +62,25 @@ def foreach_gaussian_kl(
         TypeError, ValueError: A list is no list or tuple or has another length than mus, or an element has the wrong type, dtype,
             shape or device: the message names it, as in "logvars[3]".
     """
-    inputs = _checked(mus, logvars, prior_mus, prior_logvars)
-    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None)) for own in inputs]
+    prior = prior_logvars, prior_logstds, prior_stds, prior_vars
+    parameter, inputs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior)
+    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None, parameter)) for own in inputs]
     return [kl for _, kl in _results(inputs, specs, impl)]
 
 
 @one_node
 def foreach_reparameterize_kl(
     mus: Tensors,
-    logvars: Tensors,
+    logvars: Tensors | None = None,
     prior_mus: Tensors | None = None,
     prior_logvars: Tensors | None = None,
     *,
+    logstds: Tensors | None = None,
+    stds: Tensors | None = None,
+    vars: Tensors | None = None,
+    prior_logstds: Tensors | None = None,
+    prior_stds: Tensors | None = None,
+    prior_vars: Tensors | None = None,
     eps: Tensors | None = None,
     seed: Seed | None = None,
     generator: torch.Generator | None = None,
@@ -77,7 +93,9 @@ def foreach_reparameterize_kl(
     The values and gradients are those of the single calls, bit for bit, at a fraction of their host time.
 
     Args:
-        mus, logvars, prior_mus, prior_logvars, reduction, batch_dims, impl: As in `foreach_gaussian_kl`.
+        mus, logvars, logstds, stds, vars: The posteriors, as in `foreach_gaussian_kl`.
+        prior_mus, prior_logvars, prior_logstds, prior_stds, prior_vars: The priors, likewise.
+        reduction, batch_dims, impl: As there.
         eps: The noise of each element, of its mu's shape; constants.
         seed: An int or a 0-d int64 tensor on the device of the mus. Element i has the noise of `reparameterize_kl` with the seed
             `(seed + i * 0x9E3779B97F4A7C15) % 2**64`.
@@ -90,28 +108,45 @@ def foreach_reparameterize_kl(
     Raises:
         TypeError, ValueError: As `foreach_gaussian_kl`, or two sources of noise are given.
     """
-    inputs = _checked(mus, logvars, prior_mus, prior_logvars)
-    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None)) for own in inputs]
+    prior = prior_logvars, prior_logstds, prior_stds, prior_vars
+    parameter, inputs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior)
+    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None, parameter)) for own in inputs]
     found = _results(_with_noise(inputs, eps, seed, generator), specs, impl)
     return [z for z, _ in found], [kl for _, kl in found]
 
 
-def _checked(mus: Any, logvars: Any, prior_mus: Any, prior_logvars: Any) -> list[LatentInputs]:
-    """The inputs of each element, without noise."""
-    given = {"mus": mus, "logvars": logvars, "prior_mus": prior_mus, "prior_logvars": prior_logvars}
-    for name, tensors in given.items():
-        if tensors is None and name.startswith("prior"):
-            continue
-        _list_of(name, tensors, mus)
+def _checked(mus: Any, posterior: Sequence[Any], prior_mus: Any, prior: Sequence[Any]) -> tuple[str, list[LatentInputs]]:
+    """What the spreads of the posteriors are, and the inputs of each element, without noise."""
+    _list_of("mus", mus, mus)
+    parameter, spreads = _one_form("", posterior)
+    prior_form, prior_spreads = _one_form("prior_", prior)
+    if spreads is None:
+        raise TypeError("logvars must be a list or tuple of tensors, got NoneType, and none of logstds, stds and vars is given")
+    name, prior_name = f"{parameter}s", f"prior_{prior_form}s"
+    for of_list, values in ((name, spreads), ("prior_mus", prior_mus), (prior_name, prior_spreads)):
+        if values is not None:
+            _list_of(of_list, values, mus)
     inputs = []
-    for i, (mu, logvar) in enumerate(zip(mus, logvars, strict=True)):
-        checks.pair(f"mus[{i}]", mu, f"logvars[{i}]", logvar, mus[0].device if i else None)
-        prior = [None if given[name] is None else arguments.prior(f"{name}[{i}]", given[name][i], mu) for name in _PRIORS]
-        inputs.append(LatentInputs(mu, logvar, *prior))
-    return inputs
+    for i, (mu, spread) in enumerate(zip(mus, spreads, strict=True)):
+        checks.pair(f"mus[{i}]", mu, f"{name}[{i}]", spread, mus[0].device if i else None)
+        prior_mu = prior_spread = None
+        if prior_mus is not None:
+            prior_mu = arguments.prior(f"prior_mus[{i}]", prior_mus[i], mu)
+        if prior_spreads is not None:
+            of_one = f"{prior_name}[{i}]"
+            prior_spread = arguments.prior(of_one, arguments.in_form(of_one, prior_form, prior_spreads[i], parameter, mu), mu)
+        inputs.append(LatentInputs(mu, spread, prior_mu, prior_spread))
+    return parameter, inputs
 
 
-_PRIORS = ("prior_mus", "prior_logvars")
+def _one_form(prefix: str, lists: Sequence[Any]) -> tuple[str, Any]:
+    """The form of the spreads, and the list that is given, if one is."""
+    given = [form for form, values in zip(arguments.FORMS, lists, strict=True) if values is not None]
+    if len(given) > 1:
+        names, got = ([f"{prefix}{form}s" for form in forms] for forms in (arguments.FORMS, given))
+        raise ValueError(f"give one of {', '.join(names)}, got {' and '.join(got)}")
+    form = given[0] if given else arguments.FORMS[0]
+    return form, lists[arguments.FORMS.index(form)]
 
 
 def _list_of(name: str, tensors: Any, mus: Any) -> None:

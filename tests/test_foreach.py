@@ -67,6 +67,29 @@ def test_kl_is_that_of_single_calls(backend: Backend, reduction: Any, prior: boo
 
 
 @each_backend
+@pytest.mark.parametrize("prior_form", ["logvar", "logstd", "std", "var"])
+@pytest.mark.parametrize("form", ["logvar", "logstd", "std", "var"])
+def test_spreads_in_each_form(backend: Backend, form: str, prior_form: str) -> None:
+    mus, spreads, prior_mus, prior_spreads = lists(backend, 4)
+    if form in ("std", "var"):
+        spreads = [t.detach().exp().requires_grad_() for t in spreads]
+    if prior_form in ("std", "var"):
+        prior_spreads = [t.detach().exp().requires_grad_() for t in prior_spreads]
+    prior_spreads[1:2] = [0.5]
+    given = {"mus": mus, f"{form}s": spreads, "prior_mus": prior_mus, f"prior_{prior_form}s": prior_spreads}
+    each = [{name[:-1]: values[i] for name, values in given.items()} for i in range(len(mus))]
+    flat = [t for values in given.values() for t in values if isinstance(t, Tensor)]
+    kls = fastelbo.foreach_gaussian_kl(**given, impl=backend.impl)
+    single = [fastelbo.gaussian_kl(**own, impl=backend.impl) for own in each]
+    assert_same(kls, single)
+    assert_same(gradients(kls, flat), gradients(single, flat))
+    zs, kls = fastelbo.foreach_reparameterize_kl(**given, seed=1, impl=backend.impl)
+    seeds = [(1 + i * SEED_STEP) % 2**64 for i in range(len(mus))]
+    pairs = [fastelbo.reparameterize_kl(**own, seed=seed, impl=backend.impl) for own, seed in zip(each, seeds, strict=True)]
+    assert_same([*zs, *kls], [*(z for z, _ in pairs), *(kl for _, kl in pairs)])
+
+
+@each_backend
 @pytest.mark.parametrize("noise", ["seed", "seed tensor", "eps", "own", "generator"])
 def test_samples_are_those_of_single_calls(backend: Backend, noise: str) -> None:
     if backend.device.type == "cuda" and noise in ("own", "generator"):
@@ -171,6 +194,10 @@ def test_differentiable_twice_compiled_and_transformed() -> None:
         ({"prior_logvars": [torch.zeros(3).int()] * 2}, TypeError, r"prior_logvars\[0\] must be float16"),
         ({"eps": [torch.zeros(2, 3), torch.zeros(3)]}, ValueError, r"eps\[1\] has shape \(3,\), but z will have"),
         ({"eps": [torch.zeros(2, 3)] * 2, "seed": 1}, ValueError, "at most one of eps, seed and generator, got eps and seed"),
+        ({"logvars": None}, TypeError, "logvars must be a list or tuple of tensors, got NoneType, and none of logstds, stds and"),
+        ({"stds": [torch.ones(2, 3)] * 2}, ValueError, "give one of logvars, logstds, stds, vars, got logvars and stds"),
+        ({"prior_stds": [1.0, 0.0]}, ValueError, r"prior_stds\[1\] must be positive, got 0.0"),
+        ({"prior_vars": [1.0, 1.0], "prior_stds": [1.0, 1.0]}, ValueError, "got prior_stds and prior_vars"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
