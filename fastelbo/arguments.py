@@ -207,7 +207,7 @@ def summed(t: Tensor, shape: torch.Size, keep: int) -> Tensor:
 def noise(
     mu: Tensor, num_samples: int | None, eps: Tensor | None, seed: Seed | None, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Check the sources of noise and return it as (eps, None) or as (None, seed), by the rule that the README tabulates."""
+    """Check the sources of noise and return it as (eps, None) or as (None, seed), by the rule that docs/noise-and-seeds.md has."""
     if num_samples is None:
         shape = mu.shape
     else:

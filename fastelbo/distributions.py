@@ -166,22 +166,27 @@ class DiagonalGaussian:
 
     @property
     def batch_shape(self) -> torch.Size:
+        """The first dimension of mu."""
         return self.mu.shape[:1]
 
     @property
     def event_shape(self) -> torch.Size:
+        """All dimensions of mu except for the first."""
         return self.mu.shape[1:]
 
     @property
     def logvar(self) -> Tensor:
+        """Log-variances, clamped if the distribution clamps them."""
         return self._logvar if self._clamp is None else torch.clamp(self._logvar, *self._clamp)
 
     @property
     def std(self) -> Tensor:
+        """Standard deviations, exp(logvar / 2)."""
         return torch.zeros_like(self._logvar) if self.deterministic else torch.exp(0.5 * self.logvar)
 
     @property
     def var(self) -> Tensor:
+        """Variances, exp(logvar)."""
         return torch.zeros_like(self._logvar) if self.deterministic else torch.exp(self.logvar)
 
     @property
@@ -196,9 +201,11 @@ class DiagonalGaussian:
 
     @property
     def mean(self) -> Tensor:
+        """mu."""
         return self.mu
 
     def mode(self) -> Tensor:
+        """mu, where the density is highest."""
         return self.mu
 
     def _of(

@@ -93,8 +93,8 @@ def sgvb_loss(
         recon_logvar, recon_logscale: The spread of the likelihood where the decoder returns none, as in `elbo_loss`. An "optimal"
             one is that of all samples together.
         eps, seed, generator: The noise, as in `reparameterize`. eps has the shape `(L, *mu.shape)`; for L = 1 mu's shape will do.
-        likelihood, prior_mu, prior_logvar, beta, full, logvar_clamp, weight, kl_weight, x_scale, x_shift, reduction, return_terms,
-            impl: As in `elbo_loss`.
+        likelihood, prior_mu, prior_logvar, beta, full, logvar_clamp: As in `elbo_loss`.
+        weight, kl_weight, x_scale, x_shift, reduction, return_terms, impl: As in `elbo_loss`.
 
     Returns:
         The loss in nats, reduced over the batch as in `elbo_loss` and averaged over the samples; with `return_terms`

@@ -146,7 +146,8 @@ def reparameterize_kl(
             latent, and so does not cancel; its gradient is the one along with z, in the spread alone. For `reduction="none"`.
 
     Returns:
-        (z, kl) or (z, kl, log_q): z in mu's dtype, the others in nats; differentiable in mu and the spread, kl in the prior too.
+        (z, kl), or with `log_prob` (z, kl, log_q). z is in mu's dtype, the others are in nats. All are differentiable in mu and the
+        spread, kl in the prior too.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, dtype, shape or device, or two sources of noise or two forms of a

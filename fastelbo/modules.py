@@ -149,6 +149,7 @@ class GaussianNLLLoss(nn.Module):
         self.full, self.eps, self.reduction = full, float(eps), reduction
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        """The loss of `fastelbo.gaussian_nll_loss`."""
         return gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
 
     def extra_repr(self) -> str:

@@ -99,6 +99,14 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "fastelbo = fastelbo.cli:main" in wheel.read(scripts).decode()
 
 
+def test_citation_is_of_this_version() -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert citation is not None
+    assert citation.group(1) == version.group(1)
+
+
 def test_installed_wheel_imports(unpacked: Path, tmp_path: Path) -> None:
     where = run_python(
         """

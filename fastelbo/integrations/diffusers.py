@@ -1,12 +1,13 @@
 """diffusers: the posterior that AutoencoderKL, the video autoencoders and most others return.
 
->>> import torch
->>> from diffusers import AutoencoderKL
->>> from fastelbo.integrations import diffusers
->>> vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
->>> with diffusers.patch():
-...     posterior = vae.encode(torch.rand(2, 3, 8, 8)).latent_dist
->>> z, kl = posterior.sample(), posterior.kl()
+Examples:
+    >>> import torch
+    >>> from diffusers import AutoencoderKL
+    >>> from fastelbo.integrations import diffusers
+    >>> vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    >>> with diffusers.patch():
+    ...     posterior = vae.encode(torch.rand(2, 3, 8, 8)).latent_dist
+    >>> z, kl = posterior.sample(), posterior.kl()
 """
 
 from __future__ import annotations

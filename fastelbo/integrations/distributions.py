@@ -1,12 +1,13 @@
 """torch.distributions: the KL of two Normals, for every library that calls `kl_divergence`, as scvi-tools and lightning-bolts do.
 
->>> import torch
->>> from torch.distributions import Independent, Normal, kl_divergence
->>> from fastelbo.integrations import distributions
->>> q, p = Normal(torch.ones(4, 3), 1.0), Normal(torch.zeros(4, 3), 1.0)
->>> with distributions.patch():
-...     kl_divergence(q, p).sum(-1), kl_divergence(Independent(q, 1), Independent(p, 1))
-(tensor([1.5000, 1.5000, 1.5000, 1.5000]), tensor([1.5000, 1.5000, 1.5000, 1.5000]))
+Examples:
+    >>> import torch
+    >>> from torch.distributions import Independent, Normal, kl_divergence
+    >>> from fastelbo.integrations import distributions
+    >>> q, p = Normal(torch.ones(4, 3), 1.0), Normal(torch.zeros(4, 3), 1.0)
+    >>> with distributions.patch():
+    ...     kl_divergence(q, p).sum(-1), kl_divergence(Independent(q, 1), Independent(p, 1))
+    (tensor([1.5000, 1.5000, 1.5000, 1.5000]), tensor([1.5000, 1.5000, 1.5000, 1.5000]))
 """
 
 from __future__ import annotations

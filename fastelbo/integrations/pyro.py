@@ -1,18 +1,19 @@
 """pyro: KL and log-density of Normals in an ELBO.
 
->>> import pyro, torch
->>> import pyro.distributions as dist
->>> from fastelbo.integrations import pyro as fused
->>> def model(x):
-...     with pyro.plate("batch", len(x)):
-...         z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
->>> def guide(x):
-...     loc = pyro.param("loc", torch.ones(2))
-...     with pyro.plate("batch", len(x)):
-...         pyro.sample("z", dist.Normal(loc.expand(len(x), 2), 1.0).to_event(1))
->>> with fused.patch():
-...     loss = pyro.infer.TraceMeanField_ELBO().loss(model, guide, torch.zeros(4, 2))
+Examples:
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from fastelbo.integrations import pyro as fused
+    >>> def model(x):
+    ...     with pyro.plate("batch", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+    ...         pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+    >>> def guide(x):
+    ...     loc = pyro.param("loc", torch.ones(2))
+    ...     with pyro.plate("batch", len(x)):
+    ...         pyro.sample("z", dist.Normal(loc.expand(len(x), 2), 1.0).to_event(1))
+    >>> with fused.patch():
+    ...     loss = pyro.infer.TraceMeanField_ELBO().loss(model, guide, torch.zeros(4, 2))
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """pythae: the losses of VAE, BetaVAE, DisentangledBetaVAE, IWAE and VAMP.
 
->>> import torch
->>> from pythae.models import VAE, VAEConfig
->>> from fastelbo.integrations import pythae
->>> model = VAE(VAEConfig(input_dim=(1, 8, 8), latent_dim=4, reconstruction_loss="mse"))
->>> with pythae.patch():
-...     output = model({"data": torch.rand(16, 1, 8, 8)})
->>> output.loss.backward()
+Examples:
+    >>> import torch
+    >>> from pythae.models import VAE, VAEConfig
+    >>> from fastelbo.integrations import pythae
+    >>> model = VAE(VAEConfig(input_dim=(1, 8, 8), latent_dim=4, reconstruction_loss="mse"))
+    >>> with pythae.patch():
+    ...     output = model({"data": torch.rand(16, 1, 8, 8)})
+    >>> output.loss.backward()
 """
 
 from __future__ import annotations

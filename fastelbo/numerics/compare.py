@@ -381,7 +381,7 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Compare fused and eager numerics with the float64 truth, on the backends that are present, as `fastelbo compare` does.
 
-    The module's docstring defines the errors and their bound.
+    The head of `fastelbo/numerics/compare.py` defines the errors and their bound.
 
     Args:
         op: A public function, or one way to call it such as "gaussian_kl/prior"; None is all of them.
@@ -394,7 +394,7 @@ def compare(
         tensors: Your own tensors by argument name, in place of drawn ones. Every op runs whose arguments are all there.
 
     Returns:
-        A `Comparison`: `rows`, `failures`, `ok`, `to_json()`. `print` gives its verdict, `rich.print` the table.
+        A `Comparison` with `rows`, `failures`, `ok` and `to_json()`. `print` gives its verdict, `rich.print` the table.
 
     Raises:
         TypeError, ValueError: An argument is unknown or impossible, or a tensor is missing or unfit.

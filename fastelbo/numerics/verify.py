@@ -69,7 +69,8 @@ class verify(ContextDecorator):
             each result that differs.
 
     Attributes:
-        calls, checked: Fused calls inside the context, and those whose values were compared.
+        calls: Fused calls inside the context.
+        checked: Those of them whose values were compared.
         backwards: Backward passes whose gradients were compared.
         mismatches: Results, of either, that differ.
 
