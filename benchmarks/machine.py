@@ -6,6 +6,7 @@ Nothing else under benchmarks/ that measures knows which of the two it has, so t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -20,6 +21,8 @@ from torch import Tensor
 CLOCKS = (
     "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
 )  # fmt: skip
+# torch's profiler, which counts a CPU's memory, writes two lines to stderr each time, at level 5. It reads this at its first use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 class Cpu:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import fastelbo
 from benchmarks import __main__ as suite
-from benchmarks import measure, report
+from benchmarks import measure, plots, records, report
 from benchmarks.workloads import WORKLOADS, Draw, Workload
 from fastelbo import backend
 
@@ -157,23 +158,39 @@ def test_every_peer_follows_every_other_equally_often(n: int) -> None:
 # ---- the command line ------------------------------------------------------------------------------------------------------------
 
 
-def test_run_writes_lines_and_resumes(tmp_path: Path, uncompiled: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_writes_lines_and_resumes(tmp_path: Path, uncompiled: None, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "bench.jsonl"
     arguments = ["--quick", "--workload", "mnist", "--workload", "rssm", "--out", str(out)]
     threads = torch.get_num_threads()
     assert suite.main([*arguments, "--threads", "1"]) == 0
     torch.set_num_threads(threads)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["workload"] for r in records] == ["mnist", "rssm"]
-    assert {r["about"]["threads"] for r in records} == {1}
+    found = records.load(out)
+    assert [r["workload"] for r in found] == ["mnist", "rssm"]
+    assert {r["about"]["threads"] for r in found} == {1}
     for key in ("device", "driver", "torch", "triton", "fastelbo", "commit", "python", "date"):
-        assert key in records[0]["about"]
-    shown = capsys.readouterr().out
+        assert key in found[0]["about"]
+    picture = out.with_name("bench-float32.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown, noise = capfd.readouterr()
+    assert noise == ""
     assert "mnist" in shown
+    assert "(us)" in shown
     assert "GB/s" in shown
+    assert f"plot: {picture}" in shown
+    picture.unlink()
     assert suite.main([*arguments, "--threads", "1", "--resume"]) == 0
     torch.set_num_threads(threads)
     assert len(out.read_text().splitlines()) == 2
+    assert picture.exists()
+
+
+def test_no_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(suite.cli, "is_installed", lambda name: name != "matplotlib")
+    out = tmp_path / "bench.jsonl"
+    out.write_text(json.dumps(recorded()) + "\n")
+    suite.draw(Console(), out, recorded()["about"], quick=False)
+    assert 'pip install "fastelbo[bench]"' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_resumed_run_measures_again_what_was_wrong(tmp_path: Path) -> None:
@@ -181,7 +198,7 @@ def test_resumed_run_measures_again_what_was_wrong(tmp_path: Path) -> None:
     out.write_text(
         "".join(json.dumps(recorded(workload=w, wrong=off)) + "\n" for w, off in (("mnist", []), ("vits", ["fastelbo"])))
     )
-    assert suite._done(out, key) == {("mnist", "float32", "full", False)}
+    assert [suite.case(r) for r in suite.measured(out, key)] == [("mnist", "float32", "full", False)]
 
 
 @pytest.mark.parametrize(
@@ -242,55 +259,153 @@ def recorded(device: str = "NVIDIA H100", driver: str | None = "570.1", eager_us
     times = {"eager": eager_us, "torch parts": 400.0, "compiled eager": 150.0, "fastelbo": 100.0, "compiled fastelbo": 120.0}
     return {
         "about": about, "quick": False, "workload": "mnist", "source": "", "dtype": "float32", "scale": "full", "sizes": {},
-        "elements": 100_352, "bytes_forward": 1, "bytes_step": 1, "copy_gb_per_s": 3000.0, "errors": {}, "wrong": [], "rounds": 31,
+        "elements": 100_352, "bytes_forward": 1, "bytes_step": 1, "flops_step": 0, "copy_gb_per_s": 3000.0,
+        "errors": {}, "wrong": [], "rounds": 31,
         "peers": {p: peer(us) for p, us in times.items()},
     } | changed  # fmt: skip
+
+
+def cells(text: str, start: str) -> list[str]:
+    row = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_table_from_a_recorded_gpu() -> None:
     text = report.tables([recorded(), recorded(eager_us=500.0), recorded(workload="vits", wrong=["fastelbo"], peers={})])
     assert "**NVIDIA H100**, driver 570.1: torch 2.11.0 (CUDA 12.8), triton 3.6.0, fastelbo 0.1.0 at abc" in text
-    row = next(line for line in text.splitlines() if line.startswith("| mnist"))
-    cells = [c.strip() for c in row.strip("|").split("|")]
-    assert cells[:3] == ["mnist", "100,352", "float32"]
-    assert cells[3:] == [
-        "100 (100-100)", "4.00 (3.00-5.00)", "4.00 (4.00-4.00)", "1.50 (1.50-1.50)", "1.25 (1.25-1.25)", "50%", "1.0, 1.0",
+    assert "The speed of a plain copy is 3,000 (3,000-3,000) GB/s." in text
+    assert cells(text, "MNIST image, fixed variance") == [
+        "MNIST image, fixed variance: `mnist`", "100,352", "float32", "100 (100-100)", "4.00 (3.00-5.00)", "4.00 (4.00-4.00)",
+        "1.50 (1.50-1.50)", "1.25 (1.25-1.25)", "1.0", "1.0", "1.0",
     ]  # fmt: skip
-    assert "| vits | 100,352 | float32 | wrong numbers, no speed |" in text
+    wrong = cells(text, "speech, masked KL")
+    assert wrong[:4] == ["speech, masked KL: `vits`", "100,352", "float32", "wrong numbers, no speed"]
+    # Each head is explained above the table, and each row has a cell for it.
+    heads = cells(text, "loss of")
+    assert len(wrong) == len(heads) == len(cells(text, "MNIST"))
+    above = text.split("| loss of")[0]
+    assert all(f"- *{head}*: " in above for head in heads)
+    assert report.tables([]) == ""
+
+
+def test_summary_needs_no_legend() -> None:
+    slower = recorded(workload="cogvideox", eager_us=50.0)
+    text = report.summary([recorded(), slower, recorded(workload="vits"), recorded(workload="rssm", wrong=["fastelbo"], peers={})])
+    assert "on NVIDIA H100 (torch 2.11.0, fastelbo at abc, 2026-01-02)" in text
+    same = ["1.0 MiB", "1.0 MiB: as much"]
+    assert cells(text, "MNIST") == ["MNIST image, fixed variance, float32", "0.30 ms", "0.10 ms: 3.0 times less", *same]
+    assert cells(text, "video") == ["video, 49 frames, float32", "0.05 ms", "0.10 ms: 2.0 times as much", *same]
+    assert "speech" not in text
+    assert "Over all 3 losses of the suite, eager PyTorch takes 0.5 to 3.0 (median 3.0) times as long as fastelbo" in text
+    assert "torch.compile of the same formula 1.5 to 1.5 (median 1.5) times as long" in text
+    assert report.summary([recorded(wrong=["fastelbo"], peers={})]) == ""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(3.04, "3.0 times less"), (1.04, "as much"), (0.97, "as much"), (0.8, "1.2 times as much")]
+)
+def test_less(ratio: float, words: str) -> None:
+    assert report.less(ratio) == words
+
+
+def test_every_workload_and_peer_has_words() -> None:
+    assert set(records.LOSSES) == {w.name for w in WORKLOADS}
+    assert len(set(records.LOSSES.values())) == len(WORKLOADS)
+    assert set(report.SHOWN) < set(records.LOSSES)
+    assert set(records.WORDS) == set(measure.PEERS)
+    assert {*plots.STYLES, "eager"} == set(measure.PEERS)
 
 
 def test_newest_run_of_each_device_stands() -> None:
     old = recorded(about={"date": "2025-12-31", "commit": "old"}, eager_us=900.0)
     quick = recorded(quick=True, eager_us=800.0)
     other = recorded("EPYC", driver=None)
-    found = report.by_device([old, quick, recorded(), other])
+    found = records.by_device([old, quick, recorded(), other])
     assert {name: [r["peers"]["eager"]["step_us"]["median"] for r in rs] for (name, _), rs in found.items()} == {
         "NVIDIA H100": [300.0], "EPYC, 16 threads": [300.0],
     }  # fmt: skip
     assert {slug for _, slug in found} == {"nvidia-h100", "epyc-16-threads"}
 
 
+def test_pictures_are_of_one_dtype_and_of_right_numbers() -> None:
+    wrong = recorded(workload="vits", wrong=["fastelbo"], peers={})
+    half = recorded(dtype="bfloat16")
+    found = plots.pictures([half, recorded(), wrong], Path("a.b/c.d"))
+    assert found == {Path("a.b/c.d-float32.png"): [recorded()], Path("a.b/c.d-bfloat16.png"): [half]}
+
+
+@pytest.mark.parametrize("which", ["every", "one", "products"])
+def test_nothing_of_a_picture_is_cut(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figures: list[Any] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: (figures.append(self), saved(self, *args, **options)))
+    chosen = {"every": WORKLOADS, "one": WORKLOADS[:1], "products": [w for w in WORKLOADS if w.flops]}[which]
+    found = [
+        recorded(workload=w.name, eager_us=30.0 * 1.5**i, bytes_step=10**6 * 2**i, flops_step=int(w.flops is not None))
+        for i, w in enumerate(chosen)
+    ]
+    plots.draw("AMD Ryzen Threadripper PRO 5995WX 64-Cores, 128 threads", found, tmp_path / "x.png")
+    (figure,) = figures
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert width * figure.dpi == 1000
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+    texts = [t.get_text() for t in figure.findobj(Text)]
+    assert any("speed of a plain copy, 3,000 GB/s" in t for t in texts) == (which != "products")
+    assert all(t.get_fontsize() >= 9 for t in figure.findobj(Text))
+
+
 def test_report_writes_checks_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results, readme, plots = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs"
-    arguments = ["report", "--results", str(results), "--readme", str(readme), "--docs", str(plots)]
+    results, readme, docs = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs"
+    arguments = ["report", "--results", str(results), "--readme", str(readme), "--docs", str(docs)]
     results.mkdir()
-    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    docs.mkdir()
+    for page in (readme, docs / "benchmarks.md"):
+        page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     assert suite.main(arguments) == 2  # no data
     (results / "h100.jsonl").write_text(json.dumps(recorded()) + "\n" + json.dumps(recorded(dtype="bfloat16")) + "\n")
     assert suite.main([*arguments, "--check"]) == 1
     assert "stale" in readme.read_text()
     assert suite.main(arguments) == 0
     assert suite.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "3.00" in text
-    assert (plots / "bench-nvidia-h100.png").read_bytes().startswith(b"\x89PNG")
-    readme.write_text(text.replace("3.00", "4.00"))
+    names = [f"bench-nvidia-h100-{dtype}.png" for dtype in ("float32", "bfloat16")]
+    for page, figure in ((readme, "3.0 times less"), (docs / "benchmarks.md", "3.00")):
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert figure in text
+        assert all(f"]({name})" in text for name in names) == (page != readme)
+        page.write_text(text.replace(figure, "4.00"))
+        assert suite.main([*arguments, "--check"]) == 1
+        page.write_text(text)
+    for name in names:
+        assert (docs / name).read_bytes().startswith(b"\x89PNG")
+    (docs / name).unlink()
     assert suite.main([*arguments, "--check"]) == 1
+    assert f"{name} is missing" in capsys.readouterr().err
     readme.write_text("no marks")
     assert suite.main(arguments) == 2
     assert "once each" in capsys.readouterr().err
+
+
+def test_numerics_has_a_row_for_each_function() -> None:
+    def row(op: str, result: str, fused: Any, eager: Any, lost: int = 0) -> dict[str, Any]:
+        of = {"fused": {"max_ulp": fused, "lost": 0}, "eager": {"max_ulp": eager, "lost": lost}}
+        return {"op": op, "result": result, **of}
+
+    text = report.numerics([
+        row("kl/standard", "kl", 0.97, 4.8e6), row("kl/standard", "d mu", 0.5, 0.5), row("kl/std", "kl", 1.84, "nan", 7),
+        row("kl/std", "d std", 1.2, 2.0, 2), row("draw", "z", 1.0, 1.0),
+    ])  # fmt: skip
+    assert cells(text, "`kl`") == ["`kl`", "1.8 (kl)", "4.8e6 (kl)", "1.2 (std)", "2 (std)", "", "9"]
+    assert cells(text, "`draw`") == ["`draw`", "1 (z)", "1 (z)", "", "", "", ""]
 
 
 def test_no_figure_beside_the_table() -> None:

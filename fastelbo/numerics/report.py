@@ -213,36 +213,81 @@ def _power(x: float) -> str:
     return "e".join([mantissa, *(str(int(n)) for n in exponent)])
 
 
+# What a picture shows where it was compared: a value and a gradient that lose their digits in eager PyTorch near the prior.
+DRAWN = (("gaussian_kl/standard", "kl"), ("elbo_loss/element", "d logvar"))
+
+
+def drawn(rows: list[Row]) -> list[tuple[str, str]]:
+    """The two results (op, result) that a picture shows: what is out of bounds, then DRAWN, then where eager is off the most."""
+
+    def rank(row: Row) -> tuple[bool, bool, float]:
+        return row.ok, (row.op, row.result) not in DRAWN, -np.nan_to_num(row.eager.max_ulp)
+
+    found: list[tuple[str, str]] = []
+    for row in sorted((row for row in rows if row.profile), key=rank):
+        if all(row.result != result for _, result in found):
+            found.append((row.op, row.result))
+    return sorted(found[:2], key=lambda drawn: drawn[1].startswith("d "))
+
+
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw every elementwise error against its log-variance: a row for each function, a column for each dtype.
+    """Draw the errors of two results against the log-variance: a panel for each, a row of them for each dtype and backend.
 
     Raises:
         ValueError: No result has an element for each log-variance.
     """
     from matplotlib.figure import Figure
 
-    panels = _grouped((row for row in rows if row.profile), lambda row: (row.op.split("/")[0], row.dtype))
-    if not panels:
+    results = drawn(rows)
+    if not results:
         raise ValueError("nothing to plot: no result that was compared has an element for each log-variance")
-    functions, dtypes = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
-    ink, lowest, highest = "#222222", 0.1, 1e9
-    figure: Any = Figure(figsize=(1.2 + 3.1 * len(dtypes), 1.2 + 1.6 * len(functions)), dpi=110, layout="constrained")
-    figure.suptitle("Largest errors of values and gradients against the log-variance (less the prior's)", fontsize=10, color=ink)
-    grid = figure.subplots(len(functions), len(dtypes), sharex=True, sharey=True, squeeze=False)
-    for (function, dtype), cases in panels.items():
-        axis = grid[functions.index(function), dtypes.index(dtype)]
-        at, fused, eager = np.concatenate([row.profile for row in cases]).T
-        for errors, colour, size, label in ((eager, "#9a9a9a", 5, "eager"), (fused, "#d1495b", 3, "fused")):
-            # No error and an infinite one have no place on a logarithmic axis: they are drawn on its edges.
-            axis.plot(at, errors.clip(lowest, highest), ".", color=colour, markersize=size, markeredgewidth=0, label=label)
-        axis.set_xscale("symlog", linthresh=0.01, linscale=0.5)
-        axis.set(yscale="log", ylim=(lowest / 2, highest * 2), xticks=[-10, -0.1, 0, 0.1, 10], yticks=[1, 1e3, 1e6])
-        axis.minorticks_off()
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis, dtype in zip(grid[0], dtypes, strict=True):
-        axis.set_title(dtype, fontsize=9, color=ink)
-    for axis, function in zip(grid[:, 0], functions, strict=True):
-        axis.set_ylabel(f"{function}\nulp", fontsize=8, color=ink)
-    grid[0, 0].legend(frameon=False, fontsize=8, markerscale=3, loc="upper left", ncols=2)
+    rows = [row for row in rows if row.profile and (row.op, row.result) in results]
+    shown = _grouped(rows, attrgetter("dtype", "backend", "device"))
+    figure: Any = Figure(figsize=(10, 1.6 + 3.2 * len(shown)), dpi=100, layout="constrained")
+    figure.suptitle(
+        "Largest errors of fastelbo and of eager PyTorch against the float64 truth, in ulp:\n"
+        "the gap to the next number of the dtype. Ten times as many are one decimal digit less.",
+        x=0.01, ha="left", fontsize=12,
+    )  # fmt: skip
+    grid = figure.subplots(len(shown), len(results), sharex=True, sharey="row", squeeze=False)
+    for axes, (kind, of_kind) in zip(grid, shown.items(), strict=True):
+        points = {named: [p for row in of_kind if (row.op, row.result) == named for p in row.profile] for named in results}
+        _scale(axes[0], [error for of in points.values() for _, *errors in of for error in errors])
+        for axis, ((op, result), of) in zip(axes, points.items(), strict=True):
+            what = f"gradient of {result[2:]}" if result.startswith("d ") else f"value of {result}"
+            axis.set_title(f"{op}: {what}", loc="left", fontsize=12)
+            _points(axis, of)
+        axes[0].set_ylabel("{}, {} backend, {}\nlargest error (ulp)".format(*kind))
+    for axis, (op, _) in zip(grid[-1], results, strict=True):
+        axis.set_xlabel("logarithm of theta" if "binomial" in op else "log-variance, less the prior's")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
+
+
+FLOOR = 0.1  # ulp; what is off by less is drawn there
+
+
+def _scale(axis: Any, errors: list[float]) -> None:
+    """The scale of errors that a row of panels has in common: two decades at the top are left for what is lost, where any is."""
+    finite = np.isfinite(errors)
+    decades = math.ceil(math.log10(max(1e3, 2 * np.max(errors, initial=1, where=finite))))
+    axis.set(yscale="log", ylim=(FLOOR / 2, 10.0 ** (decades if finite.all() else decades + 2)))
+    axis.set_yticks([10.0**n for n in range(-1, decades + 1, 1 + decades // 8)])
+    axis.minorticks_off()
+
+
+def _points(axis: Any, points: list[tuple[float, float, float]]) -> None:
+    at, fused, eager = np.array(points).reshape(-1, 3).T
+    top = axis.get_ylim()[1]
+    for errors, marker, colour, label in ((eager, "D", "#D55E00", "eager PyTorch"), (fused, "s", "#0072B2", "fastelbo")):
+        # An infinite error, of an element that is inf or NaN and should not be, has no place on the scale.
+        height = np.where(np.isfinite(errors), errors.clip(FLOOR), top / 10)
+        axis.plot(at, height, marker, color=colour, markersize=5, markerfacecolor="none" if marker == "D" else colour, label=label)
+    if not np.isfinite([fused, eager]).all():
+        axis.axhspan(top / 100, top, color="#e5e5e5", zorder=0)
+        axis.text(0.97, 0.7 * top, "lost: inf or NaN", transform=axis.get_yaxis_transform(), ha="right", va="top")
+    axis.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+    axis.set_xticks([-10, -0.1, 0, 0.1, 10], ["-10", "-0.1", "0", "0.1", "10"])
+    axis.minorticks_off()
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
