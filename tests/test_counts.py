@@ -358,9 +358,8 @@ def calls(impl: str) -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
 def test_gradcheck(backend: Backend, name: str) -> None:
     function, inputs = calls(backend.impl)[name]
     inputs = [t.to(backend.device).requires_grad_() for t in inputs]
-    fast = backend.impl == "triton"  # along random directions: a launch takes the interpreter milliseconds
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend.truncates)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=backend.truncates)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -81,8 +81,8 @@ def test_derivatives_of_log_prob(backend: Backend) -> None:
     mu, logvar = (drawn(2, 3, seed=i).to(backend.device).requires_grad_() for i in range(2))
     eps = drawn(2, 3, seed=2).to(backend.device)
     call = lambda mu, logvar: fastelbo.reparameterize_kl(mu, logvar, eps=eps, log_prob=True, impl=backend.impl)  # noqa: E731
-    assert torch.autograd.gradcheck(call, (mu, logvar))
-    assert torch.autograd.gradgradcheck(call, (mu, logvar))
+    assert torch.autograd.gradcheck(call, (mu, logvar), fast_mode=backend.truncates)
+    assert torch.autograd.gradgradcheck(call, (mu, logvar), fast_mode=backend.truncates)
     with fastelbo.verify() as report:
         torch.stack([t.sum() for t in call(mu, logvar)]).sum().backward()
     assert (report.checked, report.backwards, report.mismatches) == (1, 1, 0)
@@ -161,7 +161,7 @@ def test_sample_kl(backend: Backend) -> None:
         inputs, backend, 2e-5,
     )  # fmt: skip
     mu, logvar, prior_mu, prior_logvar = (0.5 * drawn(3, seed=i).float().to(backend.device) for i in range(4))
-    count = 20_000 if backend.impl == "torch" else 200  # the interpreter draws one after the other
+    count = 20_000 if backend.impl == "torch" else 50  # the interpreter draws one after the other
     z = fastelbo.reparameterize(mu, logvar, count, seed=1, impl=backend.impl)
     each = fastelbo.sample_kl(z, mu, logvar, prior_mu, prior_logvar, impl=backend.impl)
     kl = fastelbo.gaussian_kl(mu, logvar, prior_mu, prior_logvar, batch_dims=0, impl=backend.impl)
@@ -468,7 +468,7 @@ def test_iwae_compiles(seeded: bool) -> None:
     model = Model(torch.float32, torch.device("cpu"))
     source: dict[str, Any] = {"seed": 3} if seeded else {"eps": eps}
     call = lambda x, mu, logvar: fastelbo.sgvb_loss(model, x, mu, logvar, objective="iwae", num_samples=5, **source)  # noqa: E731
-    compiled = torch.compile(call, fullgraph=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, mu, logvar), call(x, mu, logvar))
     got, want = (torch.autograd.grad(f(x, mu, logvar), (mu, logvar)) for f in (compiled, call))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

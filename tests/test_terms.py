@@ -111,8 +111,8 @@ def test_optimal_in_other_ways(backend: Backend) -> None:
     wide = [t.to(backend.device).requires_grad_() for t in (recon[0], x, mu, logvar)]
     for reduction in ("none", "batchmean"):
         call = lambda *v, r=reduction: fastelbo.elbo_loss(*v, recon_logvar="optimal", reduction=r, impl=impl)  # noqa: E731
-        assert torch.autograd.gradcheck(call, wide)
-        assert torch.autograd.gradgradcheck(call, wide)
+        assert torch.autograd.gradcheck(call, wide, fast_mode=backend.truncates)
+        assert torch.autograd.gradgradcheck(call, wide, fast_mode=backend.truncates)
 
 
 @each_backend
@@ -134,7 +134,7 @@ def test_optimal_of_nothing(backend: Backend) -> None:
 def test_optimal_compiles() -> None:
     v = [t.float().requires_grad_() for t in (drawn(4, 5), drawn(4, 5, seed=1), drawn(4, 2, seed=2), drawn(4, 2, seed=3))]
     call = lambda *v: fastelbo.elbo_loss(*v, recon_logvar="optimal", nll_scale=0.5, kl_scale=2)  # noqa: E731
-    compiled = torch.compile(call, fullgraph=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*v), call(*v))
     torch.testing.assert_close(torch.autograd.grad(compiled(*v), v), torch.autograd.grad(call(*v), v), rtol=1e-5, atol=1e-6)
 
