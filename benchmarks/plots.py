@@ -88,8 +88,8 @@ def beside_eager(axis: Any, groups: Groups, value: Callable[[list[Record], str],
     lowest, highest = min(0.5, *every), max(2.0, *every)
     for y, v in enumerate(found["fastelbo"]):
         axis.annotate(
-            f"{v:.1f}", (max(v, 1), y + height * (len(STYLES) - 1) / 2), (3, 0), textcoords="offset points",
-            va="center", fontsize=9, color=STYLES["fastelbo"]["color"], fontweight="bold",
+            f"{v:.1f}" if v >= 1 else f"{v:.2g}", (max(v, 1), y + height * (len(STYLES) - 1) / 2), (3, 0),
+            textcoords="offset points", va="center", fontsize=9, color=STYLES["fastelbo"]["color"], fontweight="bold",
         )  # fmt: skip
     axis.set_xscale("log", base=2)
     ticks = [2.0**i for i in range(math.floor(math.log2(lowest)), math.ceil(math.log2(highest)) + 1)]

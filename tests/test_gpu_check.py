@@ -77,7 +77,7 @@ def test_summary_tells_what_every_part_found(rehearsed: tuple[int, Path]) -> Non
     assert text.count("| MISSED |") == len(summary.TARGETS)
     assert re.search(r"^2 passed, 34 skipped$", text, re.MULTILINE)
     assert re.search(r"^- float32: \d+ results, all within the bound$", text, re.MULTILINE)
-    assert cells(text, "mnist", "100,352", "bfloat16")[3].replace(",", "").isdigit()
+    assert cells(text, "MNIST image, fixed variance: `mnist`", "100,352", "bfloat16")[3].replace(",", "").isdigit()
     assert cells(text, "torch")[1].startswith(torch.__version__)
 
 
