@@ -1,6 +1,7 @@
 """The README and the pages of docs/: their Python runs and asserts, their links lead somewhere, their commands exist.
 
-docs/migrating.md has tests of its own for its code: tests/test_migrating.py.
+Two pages have tests of their own for their code: tests/test_migrating.py, and tests/integrations/test_lightning.py, as lightning is
+installed there alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def prose(page: Path) -> str:
 
 # ---- code ------------------------------------------------------------------------------------------------------------------------
 
-WITH_CODE = [page for page in PAGES if page.name != "migrating.md" and blocks(page.read_text(), "python")]
+ELSEWHERE = {"migrating.md", "lightning.md"}
+WITH_CODE = [page for page in PAGES if page.name not in ELSEWHERE and blocks(page.read_text(), "python")]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
