@@ -52,7 +52,8 @@ def main(results: Path, readme: Path, docs: Path, check: bool) -> int:
             print(f"{page.path} must hold the lines {page.begin!r} and {page.end!r} once each", file=sys.stderr)
             return 2
         head, rest = text.split(page.begin)
-        new = f"{head}{page.begin}\n{page.content}{page.end}{rest.split(page.end)[1]}"
+        # Python-Markdown makes a list or a table only of what follows an empty line.
+        new = f"{head}{page.begin}\n\n{page.content}{page.end}{rest.split(page.end)[1]}"
         if new != text:
             stale.append(f"{page.path} does not say what {results} says")
         if not check:
