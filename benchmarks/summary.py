@@ -116,8 +116,10 @@ def targets(records: list[Record]) -> list[list[str]]:
 
 def kernel_table(records: list[Record]) -> str:
     headings = (
-        "kernel", "elements", "dtype", "bytes", "forward, us", "of copy", "both, us", "GB/s", "of copy", "copy, GB/s", "x compiled",
-        "x eager", "graph, us", "of copy", "capture, ms", "MiB: ours, compiled, eager", "SM clock",
+        "kernel", "elements", "dtype", "bytes per element", "forward (us)", "forward, share of a copy's speed",
+        "forward and backward (us)", "speed (GB/s)", "share of a copy's speed", "speed of a copy (GB/s)",
+        "times faster than torch.compile of eager",        "times faster than eager", "CUDA graph (us)", "CUDA graph, share of a copy's speed", "capture (ms)",
+        "peak memory (MiB): fastelbo, torch.compile of eager, eager", "clock of the multiprocessors",
     )  # fmt: skip
     rows = []
     for r in records:
@@ -140,9 +142,10 @@ def kernel_table(records: list[Record]) -> str:
             ", ".join(c.get("clocks.sm", "") for c in clocks.values()),
         ])  # fmt: skip
     return table(headings, rows) + (
-        "\nbytes: what a step moves for each element by the byte model, `traffic` beside each case in `benchmarks/kernels.py` and\n"
-        "`benchmarks/workloads.py`. The forward pass of elbo_loss and linear_elbo_loss writes gradients too: no bandwidth is told\n"
-        "of it. All numbers were checked before any time was taken.\n"
+        "\nA large share of a copy's speed is good. The bytes per element are what a perfect step would read and write: the\n"
+        "function `traffic` beside each case in `benchmarks/kernels.py` and `benchmarks/workloads.py`. The forward pass of\n"
+        "elbo_loss and linear_elbo_loss writes gradients too, so it has no speed of its own. All numbers were checked before any\n"
+        "time was taken.\n"
     )
 
 

@@ -281,7 +281,7 @@ def elbo_loss(
         recon_logscale: Logarithm of the scale of a Laplace likelihood, likewise.
         prior_mu, prior_logvar: The prior: numbers or tensors that broadcast to mu; None is 0. They may be learned.
         beta: Weight of the KL: a number, or a tensor of one value or of one for each sample, `(batch,)`, learned or not. A run-time
-            value: changing it neither recompiles nor synchronises.
+            value: changing it does not synchronise, and torch.compile compiles once more, at most, when a number changes first.
         full: Include the constant (1/2) log 2 pi per element, so that the value is in nats.
         logvar_clamp: (lo, hi) to clamp logvar to, with zero gradient outside; None for one of the two is no bound.
         weight: A bool mask or weights of the likelihood terms, broadcastable to recon; a constant. Where it is 0 the element is
