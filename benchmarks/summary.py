@@ -118,8 +118,9 @@ def kernel_table(records: list[Record]) -> str:
     headings = (
         "kernel", "elements", "dtype", "bytes per element", "forward (us)", "forward, share of a copy's speed",
         "forward and backward (us)", "speed (GB/s)", "share of a copy's speed", "speed of a copy (GB/s)",
-        "times faster than torch.compile of eager",        "times faster than eager", "CUDA graph (us)", "CUDA graph, share of a copy's speed", "capture (ms)",
-        "peak memory (MiB): fastelbo, torch.compile of eager, eager", "clock of the multiprocessors",
+        "times faster than torch.compile of eager", "times faster than eager", "CUDA graph (us)",
+        "CUDA graph, share of a copy's speed", "capture (ms)", "peak memory (MiB): fastelbo, torch.compile of eager, eager",
+        "clock of the multiprocessors",
     )  # fmt: skip
     rows = []
     for r in records:
