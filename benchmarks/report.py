@@ -126,25 +126,26 @@ def faster(over: str, peer: str = "fastelbo") -> Callable[[list[Record]], str]:
 
 # Of the table: each head, what it says, and its cell.
 COLUMNS: list[tuple[str, str, Callable[[list[Record]], str]]] = [
-    ("loss of", "the model's kind, and the name that `benchmarks/workloads.py` has for its loss",
+    ("loss of", "the kind of model, and the name of its loss in `benchmarks/workloads.py`",
      lambda runs: f"{LOSSES[runs[0]['workload']]}: `{runs[0]['workload']}`"),
-    ("elements", "how many elements x has, or the latents where they are more", lambda runs: f"{runs[0]['elements']:,}"),
-    ("dtype", "of the inputs and of their gradients", lambda runs: runs[0]["dtype"]),
-    ("time of a step (us)", "forward and backward of the loss with fastelbo", lambda runs: span(
+    ("elements", "the number of elements of x, or of latents if a loss has more latents than elements of x",
+     lambda runs: f"{runs[0]['elements']:,}"),
+    ("dtype", "the dtype of the inputs and of their gradients", lambda runs: runs[0]["dtype"]),
+    ("time of a step (us)", "microseconds of forward and backward of the loss with fastelbo; small is good", lambda runs: span(
         times(runs, "fastelbo"), figures(runs, "fastelbo", "step_us", "median"), ",.0f")),
-    ("times faster than eager PyTorch", "the time of the same formula in eager PyTorch over fastelbo's: above 1 fastelbo is faster",
+    ("times faster than eager PyTorch", "the time of the eager formula divided by the time of fastelbo; above 1 fastelbo is faster",
      faster("eager")),
-    ("than torch's own functions", "the same of `F.gaussian_nll_loss` or `F.mse_loss` with `torch.distributions`",
+    ("than torch's own functions", "the time of torch's functions divided by the time of fastelbo; above 1 fastelbo is faster",
      faster("torch parts")),
-    ("than torch.compile of eager", "the same of `torch.compile` of the eager formula, while fastelbo is not compiled",
+    ("than torch.compile of eager", "the time of the compiled eager formula divided by the time of fastelbo, which is not compiled",
      faster("compiled eager")),
-    ("both in torch.compile", "the time of the compiled eager formula over that of a compiled function that calls fastelbo",
+    ("both in torch.compile", "the time of the compiled eager formula divided by the time of compiled code that calls fastelbo",
      faster("compiled eager", "compiled fastelbo")),
-    ("speed (GB/s)", "the bytes that a step must read and write at least, over fastelbo's time: compare it with a plain copy's",
+    ("speed (GB/s)", "the bytes that a step must at least read and write, divided by the time of fastelbo; large is good",
      lambda runs: f"{statistics.median(figures(runs, 'fastelbo', 'gb_per_s')):,.1f}"),
-    ("peak memory (MiB), fastelbo", "what a step of fastelbo holds at its worst moment beyond its inputs, gradients included",
+    ("peak memory (MiB), fastelbo", "the peak memory of a step with fastelbo, without the inputs; small is good",
      lambda runs: f"{mebibytes(runs, 'fastelbo'):.1f}"),
-    ("eager PyTorch", "the same of the eager formula", lambda runs: f"{mebibytes(runs, 'eager'):.1f}"),
+    ("eager PyTorch", "the peak memory of a step with the eager formula", lambda runs: f"{mebibytes(runs, 'eager'):.1f}"),
 ]  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def tables(records: list[Record]) -> str:
         driver = f", driver {about['driver']}" if about["driver"] else ""
         triton = f", triton {about['triton']}" if about["driver"] else ""
         versions = f"torch {about['torch']}{triton}, fastelbo {about['fastelbo']} at {about['commit']}, {about['date']}"
-        shown = "one run" if runs == 1 else f"medians of {runs} runs and their range"
+        shown = "One run." if runs == 1 else f"Medians of {runs} runs; the brackets have the smallest and the largest run."
         copies = [r["copy_gb_per_s"] for r in of_device]
         copy = span(statistics.median(copies), copies, ",.0f")
         rows = []
@@ -167,7 +168,7 @@ def tables(records: list[Record]) -> str:
             wrong = any(r["wrong"] for r in group)
             cells = [cell(group) for *_, cell in COLUMNS[: 3 if wrong else None]]
             rows.append(cells + (["wrong numbers, no speed"] + [""] * (len(COLUMNS) - 4) if wrong else []))
-        parts.append(f"\n**{name}**{driver}: {versions}; {shown}.\nThe speed of a plain copy is {copy} GB/s.\n\n")
+        parts.append(f"\n**{name}**{driver}: {versions}.\n{shown}\nThe speed of a plain copy is {copy} GB/s.\n\n")
         parts.append(table([head for head, *_ in COLUMNS], rows))
     return "".join(parts)
 
