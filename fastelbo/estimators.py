@@ -79,7 +79,7 @@ def sgvb_loss(
 
     With `objective="iwae"` it is the negative importance-weighted bound, -log (1/L) sum_l w_l with w_l = p(x|z_l) p(z_l) / q(z_l|x)
     (Burda et al. 2016, equation 8): it takes the KL at the samples and not in closed form. "dreg" has its value, and the doubly
-    reparameterised gradient in the posterior (Tucker et al. 2019, equation 8), whose variance does not grow with L.
+    reparameterised gradient in the posterior (Tucker et al. 2019, equation 8), whose signal-to-noise ratio does not fall with L.
 
     Args:
         decoder: Maps z of shape `(num_samples * batch, ...)` to recon, or to (recon, recon_logvar), of shape
