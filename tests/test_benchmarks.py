@@ -229,7 +229,7 @@ def test_host_times_every_call(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import host
 
     chosen = backend.choose(None, CPU)
-    assert host.main(["--rounds", "20"]) == 0
+    assert host.main(["--rounds", "10"]) == 0
     assert backend.choose(None, CPU) is chosen
     lines = capsys.readouterr().out.splitlines()
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("│").split("│")] for line in lines) if len(cells) == 8}

@@ -302,7 +302,7 @@ def _compile_all() -> None:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(kernel.asm["cubin"])
-            sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+            sass = subprocess.run([tools / "nvdisasm", "-c", "-ndf", cubin], capture_output=True, text=True, check=True).stdout
             usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
         lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4}\*/", line) and " NOP" not in line]
         found[op] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, Backend, each_backend, slow_kl, slow_nll
+from settings import in_turn
 from torch import Tensor
 
 import fastelbo
@@ -93,13 +95,14 @@ def test_other_numpy_objects_are_errors(name: str, wrong: Any) -> None:
 # ---- beta ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (B,)])
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum", "mean"])
-@pytest.mark.parametrize("function", ["elbo_loss", "sgvb_loss", "linear_elbo_loss"])
+OF_BETA = list(itertools.product(["elbo_loss", "sgvb_loss", "linear_elbo_loss"], ["none", "batchmean", "sum", "mean"]))
+
+
+@pytest.mark.parametrize(("case", "shape", "learned"), in_turn(OF_BETA, [(), (1,), (B,)], [False, True]))
 @each_backend
-def test_beta(backend: Backend, function: str, reduction: str, learned: bool, shape: tuple[int, ...]) -> None:
+def test_beta(backend: Backend, case: tuple[str, str], shape: tuple[int, ...], learned: bool) -> None:
     """A number, one of each sample; with its gradient, which is the KL."""
+    function, reduction = case
     t = drawn(backend.device)
     weight = t["recon"].detach().T[:, :J].contiguous()
     beta = torch.linspace(0.3, 1.2, math.prod(shape)).view(shape).to(backend.device).requires_grad_(learned)

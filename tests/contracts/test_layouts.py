@@ -14,12 +14,10 @@ from fastelbo.eager import walk
 
 
 # Each of them: dense, dense with a value per row, strided, broadcast, elementwise, and blocks that end in the middle.
-@pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("backend", [TORCH])
-def test_in_blocks(backend: Backend, layout: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "RUN", block)
-    rng = random.Random(block + len(layout))
+def test_in_blocks(backend: Backend, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(layout)
     size, view = LAYOUTS[layout]
     rank = view(torch.empty(size)).ndim
     failed = []
@@ -29,10 +27,12 @@ def test_in_blocks(backend: Backend, layout: str, block: int, monkeypatch: pytes
             weight = some_weight(op, rng)
             dtype = rng.choice(["float32", "bfloat16", "mixed", "mixed-low"])
             patterns = dict.fromkeys(variances(op), pattern)
+            block = rng.choice([16, 64])
+            monkeypatch.setattr(walk, "RUN", block)
             try:
                 compare(name, backend, layout, dtype, options, weight=weight, patterns=patterns)
             except (AssertionError, RuntimeError) as error:
-                failed.append(f"{name} {dtype} {options} weight={weight} {patterns}: {error}")
+                failed.append(f"{name} {dtype} {options} weight={weight} {patterns} {block}: {error}")
     assert not failed, f"{len(failed)} cases:\n" + "\n".join(failed)
 
 
