@@ -22,10 +22,11 @@ def _number(name: str, value: Any) -> Any:
 
 
 class AutoencoderKLLoss(nn.Module):
-    """nll + kl_weight * kl with one learned log-variance: the autoencoders of latent diffusion (Rombach et al. 2022, appendix G).
+    """nll + kl_weight * kl with one learned number s: the autoencoders of latent diffusion (Rombach et al. 2022, appendix G).
 
     What `LPIPSWithDiscriminator` of that paper's code computes, without the discriminator, which stays the caller's.
-    With rec = |recon - x| (or its square) + perceptual_weight * perceptual_loss(x, recon) and the learned scalar s,
+    With rec = |recon - x| (or its square) + perceptual_weight * perceptual_loss(x, recon), and s the logarithm of a scale (or of
+    a variance),
 
         nll = sum over all elements of (rec / exp(s) + s) / nll_divisor
         kl = sum of the posterior's KL / kl_divisor

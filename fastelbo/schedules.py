@@ -2,7 +2,8 @@
 
     loss = fastelbo.elbo_loss(recon, x, mu, logvar, beta=fastelbo.schedules.linear(step, steps=10_000))
 
-Each takes a step that counts from 0 and returns a float. A new float neither compiles anything again nor waits for a GPU.
+Each takes a step that counts from 0 and returns a float. A new float does not wait for a GPU. Under torch.compile
+the first new float compiles once more, and later ones compile nothing.
 """
 
 from __future__ import annotations
