@@ -92,14 +92,14 @@ def summary(records: list[Record]) -> str:
                     milliseconds(took["eager"]), f"{milliseconds(took['fastelbo'])}: {less(took['eager'] / took['fastelbo'])}",
                     f"{held['eager']:.1f} MiB", f"{held['fastelbo']:.1f} MiB: {less(held['eager'] / held['fastelbo'])}",
                 ])  # fmt: skip
-        heads = ["loss of", "time, eager PyTorch", "time, fastelbo", "memory, eager PyTorch", "memory, fastelbo"]
+        heads = ["loss", "time, eager PyTorch", "time, fastelbo", "memory, eager PyTorch", "memory, fastelbo"]
         versions = f"torch {about['torch'].split(' ')[0]}, fastelbo at {about['commit']}, {about['date']}"
         parts.append(
             f"Time and peak memory of one forward and backward pass of the loss, without the network. Less is better. Measured on\n"
             f"{name} ({versions}).\n\n{table(heads, rows)}\n"
-            f"Over all {len(groups)} losses of the suite, eager PyTorch takes {among(groups, 'eager')} times as long as fastelbo.\n"
-            f"torch.compile of the same formula takes {among(groups, 'compiled eager')} times as long as fastelbo: below 1 it is\n"
-            "the faster one.\n\n"
+            f"Over all {len(groups)} losses of the benchmarks, eager PyTorch takes {among(groups, 'eager')} times as long as fastelbo.\n"
+            f"The same formula in torch.compile takes {among(groups, 'compiled eager')} times as long as fastelbo without\n"
+            "torch.compile: below 1 the compiled formula is faster.\n\n"
         )
     return "".join(parts)
 
