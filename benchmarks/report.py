@@ -97,7 +97,8 @@ def summary(records: list[Record]) -> str:
         parts.append(
             f"Time and peak memory of one forward and backward pass of the loss, without the network. Less is better. Measured on\n"
             f"{name} ({versions}).\n\n{table(heads, rows)}\n"
-            f"Over all {len(groups)} losses of the benchmarks, eager PyTorch takes {among(groups, 'eager')} times as long as fastelbo.\n"
+            f"Over all {len(groups)} losses of the benchmarks, eager PyTorch takes {among(groups, 'eager')} times as long as\n"
+            "fastelbo. "
             f"The same formula in torch.compile takes {among(groups, 'compiled eager')} times as long as fastelbo without\n"
             "torch.compile: below 1 the compiled formula is faster.\n\n"
         )
