@@ -205,6 +205,7 @@ def picture(runs: list[Run], path: Path) -> None:
         curve.axhline(run.baseline, color="k", linewidth=0.9, linestyle="--", label="baseline, held out")
         curve.plot(len(run.losses), run.nats, "ko", markersize=4, label="held out")
         curve.set(xlabel="epoch", ylabel="nats per image", title=f"{run.images.name}, {run.model.likelihood}")
+        curve.locator_params(axis="x", integer=True)
         curve.legend(frameon=False)
         curve.spines[["top", "right"]].set_visible(False)
         shown = run.images.held_out[:14]

@@ -199,6 +199,8 @@ def picture(runs: Sequence[Run], plain: float, path: Path, seed: int) -> None:
     axes[0, 0].set(xlabel="step", ylabel="held-out ELBO, nats per digit", ylim=(1.5 * -plain, None))
     axes[0, 1].set(xlabel="step", ylabel="latents in use")
     axes[1, 0].set(xlabel="latent: z1, then z2", ylabel="held-out KL, nats")
+    axes[0, 1].locator_params(axis="y", integer=True)
+    axes[1, 0].locator_params(axis="x", integer=True)
     axes[1, 0].axvline(LOWER + 0.5, color="k", linewidth=0.9, linestyle="--")
     for axis in axes.flat[:3]:
         axis.legend(frameon=False)
