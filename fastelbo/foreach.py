@@ -63,8 +63,7 @@ def foreach_gaussian_kl(
             shape or device: the message names it, as in "logvars[3]".
     """
     prior = prior_logvars, prior_logstds, prior_stds, prior_vars
-    parameter, inputs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior)
-    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None, parameter)) for own in inputs]
+    inputs, specs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior, reduction, batch_dims)
     return [kl for _, kl in _results(inputs, specs, impl)]
 
 
@@ -109,14 +108,15 @@ def foreach_reparameterize_kl(
         TypeError, ValueError: As `foreach_gaussian_kl`, or two sources of noise are given.
     """
     prior = prior_logvars, prior_logstds, prior_stds, prior_vars
-    parameter, inputs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior)
-    specs = [Latent(arguments.kl_of(own, reduction, batch_dims, None, parameter)) for own in inputs]
+    inputs, specs = _checked(mus, (logvars, logstds, stds, vars), prior_mus, prior, reduction, batch_dims)
     found = _results(_with_noise(inputs, eps, seed, generator), specs, impl)
     return [z for z, _ in found], [kl for _, kl in found]
 
 
-def _checked(mus: Any, posterior: Sequence[Any], prior_mus: Any, prior: Sequence[Any]) -> tuple[str, list[LatentInputs]]:
-    """What the spreads of the posteriors are, and the inputs of each element, without noise."""
+def _checked(
+    mus: Any, posterior: Sequence[Any], prior_mus: Any, prior: Sequence[Any], reduction: Reduction, batch_dims: int
+) -> tuple[list[LatentInputs], list[Latent]]:
+    """The inputs of each element, without noise, and the record of each."""
     _list_of("mus", mus, mus)
     parameter, spreads = _one_form("", posterior)
     prior_form, prior_spreads = _one_form("prior_", prior)
@@ -136,7 +136,7 @@ def _checked(mus: Any, posterior: Sequence[Any], prior_mus: Any, prior: Sequence
             of_one = f"{prior_name}[{i}]"
             prior_spread = arguments.prior(of_one, arguments.in_form(of_one, prior_form, prior_spreads[i], parameter, mu), mu)
         inputs.append(LatentInputs(mu, spread, prior_mu, prior_spread))
-    return parameter, inputs
+    return inputs, [Latent(arguments.kl_of(own, reduction, batch_dims, None, parameter)) for own in inputs]
 
 
 def _one_form(prefix: str, lists: Sequence[Any]) -> tuple[str, Any]:

@@ -49,7 +49,7 @@ def imagined(found: Sequence[Form | None]) -> list[Tensor | None]:
 
 
 def imagined_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`torch.empty_like` of an imagined tensor, which takes twenty times as long as this where t is contiguous."""
+    """`torch.empty_like` of an imagined tensor, which takes much longer than this where t is contiguous."""
     if t.is_contiguous():
         return torch.empty_strided(t.shape, t.stride(), dtype=dtype or t.dtype, device="meta")
     return torch.empty_like(t, dtype=dtype)

@@ -103,9 +103,9 @@ def _layout(
     given: tuple[Form | None, ...], keep: int, kind: tuple[int, bool], is_of_counts: bool, needs: Needs, is_forward: bool,
     acc: torch.dtype, dense: bool = False,
 ) -> _Layout:  # fmt: skip
-    given_variance = imagined(given)[2]
-    shape = given[0][0]
-    recon, x, variance, zi_logits, weight, grad_output = views(imagined(given), shape, dense)
+    as_given = imagined(given)
+    shape, given_variance = as_given[0].shape, as_given[2]
+    recon, x, variance, zi_logits, weight, grad_output = views(as_given, shape, dense)
     d_variance = None
     if needs[2]:
         is_summed = given_variance.shape != shape
