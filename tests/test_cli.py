@@ -108,7 +108,7 @@ def test_info_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("default", "served", "traced"),
-    [("torch", "torch", "torch"), ("reference", "reference", "reference"), ("nonsense", "none", "none")],
+    [("reference", "reference", "reference"), ("nonsense", "none", "none")],
 )
 def test_info_follows_the_environment(default: str, served: str, traced: str, tmp_path: Path) -> None:
     env = {**os.environ, "FASTELBO_IMPL": default}

@@ -184,14 +184,16 @@ def test_import_is_light(unpacked: Path, tmp_path: Path) -> None:
 
 def test_import_time(unpacked: Path, tmp_path: Path) -> None:
     code = """
-        import time, torch
+        import time
         start = time.process_time()
+        import torch
+        middle = time.process_time()
         import fastelbo
-        print(time.process_time() - start)
+        print((time.process_time() - middle) / (middle - start))
     """
-    # The best of three, in processor time: the first compiles the byte code, and the machine may be busy.
-    best = min(float(run_python(code, tmp_path, pythonpath=unpacked)) for _ in range(3))
-    assert best < 0.150
+    # Beside torch's own import, since machines differ by a factor of three: 0.06 to 0.10 on two cores that other work shares.
+    # In processor time, and one try of three is enough: the first compiles the byte code.
+    assert any(float(run_python(code, tmp_path, pythonpath=unpacked)) < 0.15 for _ in range(3))
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])

@@ -696,7 +696,7 @@ def test_a_linear_gradient_that_is_wrong_by_half(backend: Backend, op: str, kind
         return tuple(g * factor for g, factor in zip(right, factors, strict=True))
 
     for reduction, wrong in (("none", 0.5), ("sum", 1.5)):
-        for rtol in (None, 1e-5, 1e-4, 1e-3, 1e-2):
+        for rtol in (None, 1e-5, 1e-2):
             with verify(rtol=rtol) as report:
                 v, loss = across(op, kind, backend, reduction)
             for _ in range(2):  # as the forward pass may have left it, and computed again

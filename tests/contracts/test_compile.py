@@ -174,7 +174,6 @@ SIZED = [
     "elbo_loss-learned",
     "elbo_loss-none",
     "reparameterize_kl",
-    "reparameterize-seed",
     "gaussian_nll-logvar",
     "sgvb_loss-samples",
     "gaussian_nll_loss",

@@ -328,6 +328,7 @@ CASES: list[tuple[str, str, Callable[..., Any]]] = [
 ]  # fmt: skip
 
 ENVIRONMENTS = ("within a device", "default device", "default dtype")
+ALL = "all of these"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -344,6 +345,12 @@ def test_every_public_name_is_tried() -> None:
 
 @contextlib.contextmanager
 def environment(name: str) -> Iterator[None]:
+    if name == ALL:
+        with contextlib.ExitStack() as stack:
+            for each in ENVIRONMENTS:
+                stack.enter_context(environment(each))
+            yield
+        return
     if name == "within a device":
         with torch.device("meta"):
             yield
@@ -419,17 +426,16 @@ NEW_PROCESS = multiprocessing.get_context("forkserver" if "forkserver" in multip
 NEW_PROCESS.set_forkserver_preload(["fastelbo"])
 
 
-def first_calls(backend: Backend, where: str) -> None:
+def first_calls(backend: Backend) -> None:
     with quick_interpreter():
         for name, kind, call in CASES:
             try:
-                check(call, backend, torch.float32, where, first=True)
+                check(call, backend, torch.float32, ALL, first=True)
             except Exception as error:
                 raise AssertionError(f"{name} {kind}") from error
 
 
-@pytest.mark.parametrize("where", ENVIRONMENTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_first_call_of_a_process_may_be_made_inside(backend: Backend, where: str) -> None:
+def test_the_first_call_of_a_process_may_be_made_inside(backend: Backend) -> None:
     with ProcessPoolExecutor(1, mp_context=NEW_PROCESS) as pool:
-        pool.submit(first_calls, backend, where).result(timeout=280)
+        pool.submit(first_calls, backend).result(timeout=280)
