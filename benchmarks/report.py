@@ -127,7 +127,7 @@ def faster(over: str, peer: str = "fastelbo") -> Callable[[list[Record]], str]:
 
 # Of the table: each head, what it says, and its cell.
 COLUMNS: list[tuple[str, str, Callable[[list[Record]], str]]] = [
-    ("loss of", "the kind of model, and the name of its loss in `benchmarks/workloads.py`",
+    ("loss", "the kind of model, and the name of its loss in `benchmarks/workloads.py`",
      lambda runs: f"{LOSSES[runs[0]['workload']]}: `{runs[0]['workload']}`"),
     ("elements", "the number of elements of x, or of latents if a loss has more latents than elements of x",
      lambda runs: f"{runs[0]['elements']:,}"),
@@ -136,17 +136,20 @@ COLUMNS: list[tuple[str, str, Callable[[list[Record]], str]]] = [
         times(runs, "fastelbo"), figures(runs, "fastelbo", "step_us", "median"), ",.0f")),
     ("times faster than eager PyTorch", "the time of the eager formula divided by the time of fastelbo; above 1 fastelbo is faster",
      faster("eager")),
-    ("than torch's own functions", "the time of torch's functions divided by the time of fastelbo; above 1 fastelbo is faster",
-     faster("torch parts")),
-    ("than torch.compile of eager", "the time of the compiled eager formula divided by the time of fastelbo, which is not compiled",
+    ("times faster than torch's own functions",
+     "the time of torch's functions divided by the time of fastelbo; above 1 fastelbo is faster", faster("torch parts")),
+    ("times faster than torch.compile of eager",
+     "the time of the compiled eager formula divided by the time of fastelbo, which is not compiled; above 1 fastelbo is faster",
      faster("compiled eager")),
-    ("both in torch.compile", "the time of the compiled eager formula divided by the time of compiled code that calls fastelbo",
+    ("times faster, both in torch.compile",
+     "the time of the compiled eager formula divided by the time of compiled code that calls fastelbo; above 1 fastelbo is faster",
      faster("compiled eager", "compiled fastelbo")),
     ("speed (GB/s)", "the bytes that a step must at least read and write, divided by the time of fastelbo; large is good",
      lambda runs: f"{statistics.median(figures(runs, 'fastelbo', 'gb_per_s')):,.1f}"),
     ("peak memory (MiB), fastelbo", "the peak memory of a step with fastelbo, without the inputs; small is good",
      lambda runs: f"{mebibytes(runs, 'fastelbo'):.1f}"),
-    ("eager PyTorch", "the peak memory of a step with the eager formula", lambda runs: f"{mebibytes(runs, 'eager'):.1f}"),
+    ("peak memory (MiB), eager PyTorch", "the peak memory of a step with the eager formula; small is good",
+     lambda runs: f"{mebibytes(runs, 'eager'):.1f}"),
 ]  # fmt: skip
 
 

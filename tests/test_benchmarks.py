@@ -282,9 +282,9 @@ def test_table_from_a_recorded_gpu() -> None:
     wrong = cells(text, "speech, masked KL")
     assert wrong[:4] == ["speech, masked KL: `vits`", "100,352", "float32", "wrong numbers, no speed"]
     # Each head is explained above the table, and each row has a cell for it.
-    heads = cells(text, "loss of")
+    heads = cells(text, "loss |")
     assert len(wrong) == len(heads) == len(cells(text, "MNIST"))
-    above = text.split("| loss of")[0]
+    above = text.split("| loss |")[0]
     assert all(f"- *{head}*: " in above for head in heads)
     assert report.tables([]) == ""
 
