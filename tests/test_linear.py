@@ -127,6 +127,8 @@ def test_sizes_and_variances(backend: Backend, size: tuple[int, int, int], var: 
 @pytest.mark.parametrize("size", LARGE, ids=str)
 def test_odd_thousands(backend: Backend, size: tuple[int, int, int], reduction: str) -> None:
     if backend.impl == "triton" and backend.device.type == "cpu":
+        if reduction == "none":
+            pytest.skip("for time: smaller sizes go through the same tiles")
         size = FEWER.get(size, size)
     check(backend, size, "element", torch.float32, reduction=reduction)
 

@@ -75,7 +75,7 @@ def _walk(
     given = torch.full((), likelihood.logvar, dtype=exact, device=x.device) if variance is None else variance.to(exact)
     rate = torch.as_tensor(w.rate_of_some(rate, likelihood.scale), dtype=acc, device=x.device)
     # The tiles are multiplied by as much of s as float32 surely bears. The rest of 1 / variance, and a common rate, multiply a
-    # narrow factor or the sums: these may be infinite then, and never NaN.
+    # narrow factor or the sums. Below a log-variance of about -130 that rest is infinite, and NaN beside a residual of 0.
     one, common = given.numel() == 1, torch.ones((), dtype=acc, device=x.device) if rate.ndim else rate
     s = torch.exp(-0.5 * (given.reshape(()) if one else given))
     early = s.clamp(1 / FACTOR, FACTOR)

@@ -28,9 +28,7 @@ EXPORTED: dict[str, Fn] = {
     "elbo_loss-dimension": lambda r, x, m, v: fastelbo.elbo_loss(r, x, m, v, recon_logvar=r[0]),
     "elbo_loss-none": lambda r, x, m, v: fastelbo.elbo_loss(r, x, m, v, logvar_clamp=(-1.0, 1.0), reduction="none"),
     "reparameterize_kl": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, eps=0.3 * m.detach()),
-    "reparameterize_kl-seed": lambda r, x, m, v: fastelbo.reparameterize_kl(m, v, seed=3, reduction="mean"),
     "reparameterize-seed": lambda r, x, m, v: fastelbo.reparameterize(m[:, :3], v[:, :3], seed=3),  # rows of any alignment
-    "reparameterize-samples-seed": lambda r, x, m, v: fastelbo.reparameterize(m, v, 2, seed=3),
     "elbo_loss-samples": lambda r, x, m, v: fastelbo.elbo_loss(torch.stack([r, -r, 2 * r]), x, m, v),
     "elbo_loss-beta": lambda r, x, m, v: fastelbo.elbo_loss(r, x, m, v, beta=v[:, 0]),
     "gaussian_kl-components": lambda r, x, m, v: fastelbo.gaussian_kl(m.unsqueeze(1), v.unsqueeze(1), m[:2], v[:2], batch_dims=2),
