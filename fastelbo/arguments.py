@@ -163,6 +163,8 @@ def term_scale(name: str, value: Any, like: Sequence[Tensor | None], device: tor
 
 def against_priors(posterior: Sequence[Tensor], *priors: Any) -> Sequence[Tensor]:
     """mu or logvar or both, as the prior's tensors broadcast them; unchanged where the shapes do not fit, which a check says."""
+    if not any(isinstance(p, Tensor) for p in priors):
+        return posterior
     own = posterior[0].shape
     # Equal shapes first: in a trace each comparison of sizes is a condition on the batch.
     shapes = [p.shape for p in priors if isinstance(p, Tensor) and not (p.ndim == len(own) and p.shape == own)]

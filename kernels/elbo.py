@@ -19,7 +19,7 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Elbo, ElboInputs, Gradients, Latent, Needs
 
 from .latent import LatentWanted, latent_tiles, plan_latent
-from .launch import launch
+from .launch import launch, made
 from .likelihood import nll_gradients, nll_tiles, plan_nll
 from .op import op_of
 from .reduction import finish, nothing
@@ -49,7 +49,7 @@ def _run(
     else:
         nll.launch(device)
         kl.launch(device)
-    loss = torch.empty((), dtype=acc, device=device) if is_loss and grads is None else None
+    loss = made((torch.Size(), (), acc), device) if is_loss and grads is None else None
     finish(acc, nll.terms, kl.terms, nll.of_variance, loss=loss, beta=spec.beta)
     terms = nll.terms.result(), kl.terms.result()
     outputs = terms if not is_loss else (loss, *terms) if spec.return_terms else (loss,)

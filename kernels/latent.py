@@ -20,7 +20,7 @@ from fastelbo.dtypes import accumulate_dtype
 from fastelbo.specs import Factor, Gradients, Latent, LatentInputs, Needs
 
 from .kl import LOGSTD, LOGVAR, PARAMETERS, kl_math, sigma_of, through_sigma
-from .launch import LAYOUTS, Fold, Form, fold, forms, imagined, imagined_like, made, scalar, views
+from .launch import LAYOUTS, Fold, Form, fold, forms, imagined, imagined_like, made, scalars, views
 from .op import op_of
 from .philox import normal_rows
 from .reduction import NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms
@@ -92,7 +92,7 @@ def plan_latent(inputs: LatentInputs, spec: Latent, wanted: LatentWanted, acc: t
     each, z = made(layout.each, device), made(layout.z, device)
     terms, squares = layout.terms.on(device, kl.scale, each), layout.squares.on(device)
     operands = layout.view.operands((*read_from, grad_kl, *gradients, each, eps, grad_z, z))
-    factors = [f if f is None else scalar(f, acc, device) for f in (kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance)]
+    factors = scalars((kl.scale, wanted.beta, *(kl.clamp or (0.0, 0.0)), kl.balance), acc, device)
     args = LatentArgs(LatentTensors(*operands), layout.steps, layout.view.cols, terms.parts, squares.parts, seed, *factors)
     return Plan(latent_kernel, layout.sizes, args, layout.flags, terms, tuple(gradients), z=z, squares=squares)
 

@@ -20,7 +20,7 @@ from fastelbo.dtypes import LOG_2PI, OPEN, accumulate_dtype
 from fastelbo.specs import Gradients, Likelihood, Needs, NLLInputs
 
 from .counts import negative_binomial_math, poisson_math, poisson_slope, zero_inflated_math
-from .launch import LAYOUTS, PROGRAMS, Fold, Form, fold, forms, imagined, imagined_like, made, scalar, views
+from .launch import LAYOUTS, PROGRAMS, Fold, Form, fold, forms, imagined, imagined_like, made, scalars, views
 from .math import divide, exp, log, log1p_exp_and_sigmoid, minus_log1m_exp_and_ratio
 from .op import op_of
 from .reduction import COLS, EACH, NO_SUMS, ROWS, TOTAL, Plan, Sums, collect, finish, partial, put_total, sums_of_terms, total_of
@@ -76,11 +76,11 @@ def plan_nll(inputs: NLLInputs, spec: Likelihood, needs: Needs, grads: Gradients
     operands = NLLTensors(*layout.view.operands((*given, *written, each)))
     factors = spec.scale, *inverse_and_constant(spec, variance), spec.floor
     is_image = inputs.x.dtype == torch.uint8
-    image = (scalar(spec.x_scale, acc, device), scalar(spec.x_shift, acc, device)) if is_image else None
+    image = tuple(scalars((spec.x_scale, spec.x_shift), acc, device)) if is_image else None
     bin = None
     if spec.bin is not None:
-        bin = tuple([scalar(f, acc, device) for f in (*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1]))])
-    factors = [scalar(f, acc, device) for f in factors]
+        bin = tuple(scalars((*spec.bin, minus_log1m_exp(2 * spec.bin[0] * factors[1])), acc, device))
+    factors = scalars(factors, acc, device)
     args = NLLArgs(operands, layout.view.cols, terms.parts, of_variance.parts, *factors, image, bin)
     return Plan(nll_kernel, layout.sizes, args, layout.flags, terms, tuple(gradients), of_variance)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastelbo.specs import Factor, Gradients, Needs
 
-from .launch import TYPES, Fold, launch, scalar
+from .launch import TYPES, Fold, launch, made_like, scalars
 from .tile import narrow, put, read, store
 
 # Where a tile's values go: nowhere; into one partial sum a program; one a row and chunk of columns; one a column and group of rows;
@@ -120,10 +120,10 @@ class Sums(NamedTuple):
         if self.out is None:
             return self
         if out is None:
-            out = torch.empty(self.out.shape, dtype=self.out.dtype, device=device)
+            out = made_like(self.out, device)
         parts = out
         if self.parts is not self.out:
-            parts = None if self.parts is None else torch.empty(self.parts.shape, dtype=self.parts.dtype, device=device)
+            parts = made_like(self.parts, device)
         elif self.sink is TOTAL:
             scale = 1.0  # the one program has scaled it
         return Sums(self.sink, out, parts, self.outer, self.kept, self.inner, scale, self.step)
@@ -175,13 +175,14 @@ def finish(acc: torch.dtype, *sums: Sums, loss: Tensor | None = None, beta: Fact
     if not left:
         return
     device = left[0].parts.device
-    families = tuple([(s.parts, s.out, s.step, scalar(s.scale, acc, device)) for s in left])
+    scales = scalars([s.scale for s in left], acc, device)
+    families = tuple([(s.parts, s.out, s.step, scale) for s, scale in zip(left, scales, strict=True)])
     sizes = [size for s in left for size in (s.outer, s.kept, s.inner)] + [0] * (3 * (FAMILIES - len(left)))
     blocks = tuple([s.block for s in left])
     programs = sum([-(-s.kept // block) for s, block in zip(left, blocks, strict=True)])
     factor = None
     if loss is not None:
-        factor = scalar(beta, acc, device)
+        (factor,) = scalars((beta,), acc, device)
         programs -= 1  # one sums both totals
     launch(finish_kernel, programs, device, (families, loss, factor, *sizes, blocks, TYPES[acc]))
 

@@ -15,7 +15,7 @@ from fastelbo.specs import KL, Gradients, LatentInputs, Linear, LinearElbo, Line
 
 from .. import launch as launch_module
 from ..latent import ALIGNED, GIVEN, NO_NOISE, UNALIGNED
-from ..launch import launch, scalar
+from ..launch import launch, scalars
 from ..likelihood import inverse_and_constant
 from ..op import op_of
 from ..reduction import EACH, FAMILIES, TOTAL, Sums, finish, partial
@@ -82,7 +82,7 @@ def _work(
     likelihood, up = spec.linear.likelihood, None if grads is None else grads[0]
     of_row, gain = (up, 1.0) if likelihood.keep else (None, 1.0 if up is None else up)
     factors = *inverse_and_constant(likelihood, variance), likelihood.scale, gain, spec.kl.scale, spec.beta
-    inverse, constant, scale, gain, kl_scale, beta = (scalar(f, _F32, x.device) for f in factors)
+    inverse, constant, scale, gain, kl_scale, beta = scalars(factors, _F32, x.device)
     backend, padded = launch_module.backend(), max(16, triton.next_power_of_2(weight.shape[1]))
     operands = torch.promote_types((h if latent.mu is None else latent.mu).dtype, weight.dtype)
     products = products_of(operands, spec.linear.precision, backend)
