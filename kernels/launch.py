@@ -56,7 +56,7 @@ def imagined_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def made(form: Form | None, device: torch.device) -> Tensor | None:
-    """A new tensor of this form. `torch.empty` takes twice as long on the host."""
+    """A new tensor of this form. `torch.empty` takes longer on the host."""
     return None if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device=device)
 
 
