@@ -91,15 +91,15 @@ def _walk(
     d_h, d_x, d_weight, d_bias, _ = zeros
     each_row = want_terms and likelihood.keep > 0
     squares = torch.zeros(count if each_row else width, dtype=exact, device=x.device)  # summed over the others
-    for here, rows, at, d, spare in _residuals(inputs, acc):
+    for here, rows, at, d, spare in _residuals(inputs, acc, 2 if rate.ndim else 1):
         if variance is not None or likelihood.logvar:
             d.mul_((early if one else early[at]).to(acc))
         g = torch.mul(d, rate[here].unsqueeze(1), out=spare) if rate.ndim else d
         factor = g.to(operands)
         if d_h is not None:
-            _product(d_h[here], factor, right[at])
+            _product(d_h[here], factor, right[at], 1 if at.start else 0)
         if d_weight is not None:
-            _product(d_weight[at], factor.T, left[here])
+            _product(d_weight[at], factor.T, left[here], 1 if here.start else 0)
         if d_x is not None:
             d_x[rows, at] -= g
         if d_bias is not None:
@@ -128,14 +128,17 @@ def _walk(
     return nll, w.rounded((d_h, d_x, d_weight, d_bias, d_variance), inputs)
 
 
-def _residuals(inputs: LinearInputs, acc: torch.dtype) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
-    """Tiles (rows of h, rows of x, columns, d, memory of d's shape), each in the memory of the one before."""
+def _residuals(inputs: LinearInputs, acc: torch.dtype, buffers: int) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+    """Tiles (rows of h, rows of x, columns, d, spare memory of d's shape), each in the memory of the one before.
+
+    With one of `buffers` the spare memory is that of d.
+    """
     h, x, weight, bias, _ = inputs
     batch, width = x.shape
     size = (TILE if on_host(x) else DEVICE_TILE) // (2 * acc.itemsize)
     height = max(1, min(batch, max(TILE_ROWS, size // max(1, width))))
     span = max(1, min(width, size // height if height >= 64 or not on_host(x) else TILE_COLUMNS))
-    memory = torch.empty(2, height * span, dtype=acc, device=x.device)
+    memory = torch.empty(buffers, height * span, dtype=acc, device=x.device)
     operands = _operands(inputs, acc)
     left, right = h.to(operands), weight.to(operands).T
     for column in range(0, width, span):
@@ -145,7 +148,7 @@ def _residuals(inputs: LinearInputs, acc: torch.dtype) -> Iterator[tuple[slice, 
             shape = rows.stop - rows.start, at.stop - at.start
             for top in range(0, h.shape[0], batch):
                 here = slice(top + rows.start, top + rows.stop)
-                d, spare = (t[: shape[0] * shape[1]].view(shape) for t in memory)
+                d, spare = (memory[i, : shape[0] * shape[1]].view(shape) for i in (0, -1))
                 _product(d.copy_(x[rows, at]), left[here], right[:, at], -1)
                 yield here, rows, at, d if bias is None else d.add_(bias[at]), spare
 
@@ -160,8 +163,8 @@ def _multiplies_halves(x: Tensor, acc: torch.dtype) -> bool:
     return acc == torch.float32 and x.is_cuda and torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def _product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """total = beta * total + a b. On a CPU addmm_ would go on adding one number after the other, so what adds up is made apart."""
+def _product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta * total + a b, whatever total holds where beta is 0. On a CPU addmm_ would go on adding one number after the other, so what adds up is made apart."""
     if beta == 1 and on_host(total):
         total += a @ b
     elif a.dtype == total.dtype:
