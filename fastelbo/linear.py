@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, autograd, backend, checks, composed
-from .dtypes import accumulate_dtype, plain
+from .dtypes import accumulate_dtype, has_float16, plain
 from .latent import reparameterised
 from .specs import KL, Gradients, Likelihood, Linear, LinearElbo, LinearElboInputs, LinearInputs, Needs, Op
 from .tracing import one_node
@@ -40,16 +40,20 @@ def _served(
     return chosen.linear_nll, inputs, Linear(Likelihood(keep, full=full), precision)
 
 
-@torch.library.custom_op("fastelbo::linear_nll", mutates_args=(), schema=f"({_arguments('int keep')}) -> Tensor")
+@torch.library.custom_op("fastelbo::linear_nll", mutates_args=(), schema=f"({_arguments('bool[] ready, int keep')}) -> Tensor[]")
 def _nll_op(
-    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, keep: int, full: bool,
-    precision: Precision | None, impl: Impl | None,
-) -> Tensor:  # fmt: skip
-    """-log N(x; h weight^T + bias, exp(variance)), summed over all but the first `keep` dimensions."""
+    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, ready: Sequence[bool], keep: int,
+    full: bool, precision: Precision | None, impl: Impl | None,
+) -> list[Tensor]:  # fmt: skip
+    """-log N(x; h weight^T + bias, exp(variance)), summed over all but the first `keep` dimensions; and of a total the gradients
+    that `ready` names.
+    """
     op, inputs, spec = _served(LinearInputs(h, x, weight, bias, variance), keep, full, precision, impl)
-    (nll,), _ = op.forward(inputs, spec, (False,) * 5)
+    (nll,), gradients = op.forward(inputs, spec, tuple(ready))
     assert nll is not None
-    return nll
+    if gradients is None and True in ready:
+        gradients = op.backward(inputs, spec, (torch.ones_like(nll),), tuple(ready), None)
+    return [nll, *(g for g in gradients or () if g is not None)]
 
 
 @torch.library.custom_op(
@@ -67,8 +71,11 @@ def _nll_backward_op(
 
 
 @_nll_op.register_fake
-def _(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, keep: int, *_: Any) -> Tensor:
-    return h.new_empty(h.shape[:keep], dtype=accumulate_dtype(h, x, weight, bias, variance))
+def _(
+    h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, ready: Sequence[bool], keep: int, *_: Any
+) -> list[Tensor]:  # fmt: skip
+    tensors = h, x, weight, bias, variance
+    return [h.new_empty(h.shape[:keep], dtype=accumulate_dtype(*tensors)), *_like_those(tensors, ready)]
 
 
 @_nll_backward_op.register_fake
@@ -76,19 +83,26 @@ def _(
     h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, variance: Tensor | None, grad_output: Tensor, needs: Sequence[bool],
     *_: Any,
 ) -> list[Tensor]:  # fmt: skip
-    pairs = zip((h, x, weight, bias, variance), needs, strict=True)
-    return [t.new_empty(t.shape) for t, need in pairs if need and t is not None]
+    return _like_those((h, x, weight, bias, variance), needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+def _like_those(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, want in zip(tensors, wanted, strict=True) if want and t is not None]
 
 
-def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:5]
-    each = iter(_nll_backward_op(*ctx.saved_tensors, grad_output, list(needs), *ctx.options))
-    return *(next(each) if need else None for need in needs), *(None,) * len(ctx.options)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.ready, ctx.options = inputs[5], inputs[6:]
+    ctx.save_for_backward(*(output[1:] if True in ctx.ready else inputs[:5]))
+
+
+def _differentiate(ctx: Any, grad_outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    grad_output, needs = grad_outputs[0], ctx.needs_input_grad[:5]
+    if True in ctx.ready:
+        needs, gradients = ctx.ready, [(g * grad_output).to(g.dtype) for g in ctx.saved_tensors]
+    else:
+        gradients = _nll_backward_op(*ctx.saved_tensors, grad_output, list(needs), *ctx.options)
+    each = iter(gradients)
+    return *(next(each) if need else None for need in needs), *(None,) * (1 + len(ctx.options))
 
 
 _nll_op.register_autograd(_differentiate, setup_context=_save)
@@ -99,8 +113,13 @@ def _traced_nll(impl: Impl | None) -> Op:
 
     def forward(inputs: LinearInputs, spec: Linear, needs: Needs) -> tuple[tuple[Tensor], None]:
         likelihood = spec.likelihood
+        # A total's gradients are made along with it, which saves a product. They are no part of a program that is exported, and
+        # in float16 they could underflow before GradScaler's factor is known.
+        early = likelihood.keep == 0 and torch.is_grad_enabled() and not torch.compiler.is_exporting() and not has_float16(inputs)
+        ready = [early and t is not None and t.requires_grad for t in inputs]
         # The scale may be a symbolic number, which a product with a tensor takes, and the operator does not.
-        return (_nll_op(*inputs, likelihood.keep, likelihood.full, spec.precision, impl) * likelihood.scale,), None
+        nll = _nll_op(*inputs, ready, likelihood.keep, likelihood.full, spec.precision, impl)[0]
+        return (nll * likelihood.scale,), None
 
     return Op(forward, _no_backward)
 

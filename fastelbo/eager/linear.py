@@ -164,7 +164,10 @@ def _multiplies_halves(x: Tensor, acc: torch.dtype) -> bool:
 
 
 def _product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta * total + a b, whatever total holds where beta is 0. On a CPU addmm_ would go on adding one number after the other, so what adds up is made apart."""
+    """total = beta * total + a b, whatever total holds where beta is 0.
+
+    On a CPU addmm_ would go on adding one number after the other, so what adds up is made apart.
+    """
     if beta == 1 and on_host(total):
         total += a @ b
     elif a.dtype == total.dtype:
