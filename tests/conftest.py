@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _collect_less_garbage() -> Iterator[None]:
     """What has been imported and collected stays to the end: garbage collections need not look through it again.
 
-    Triton's interpreter makes so many small objects that collections took a tenth of the tests' time at Python's own threshold.
+    Triton's interpreter makes many small objects, so at Python's own threshold collections would run all the time.
     """
     gc.freeze()
     threshold = gc.get_threshold()

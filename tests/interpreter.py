@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Within it, the tests of the kernels take a quarter of the time.
+    """Within it, the tests of the kernels take much less time.
 
     At each launch and each call of a device function, the interpreter replaces the functions of `triton.language` by its own.
     Nothing else calls them here, so once is enough. It also computes whether each sum, difference and product of integers
